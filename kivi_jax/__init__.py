@@ -1,0 +1,24 @@
+"""LLM inference in JAX with a 2-bit key-value cache (KIVI)."""
+
+from kivi_jax import kv
+from kivi_jax.decoding import decode_step, init_state, prefill
+from kivi_jax.generation import Completion, generate, stream
+from kivi_jax.kv import KVConfig, KVState, kv_bytes
+from kivi_jax.loading import CheckpointError, load
+from kivi_jax.models.registry import Params
+
+__all__ = [
+    "CheckpointError",
+    "Completion",
+    "KVConfig",
+    "KVState",
+    "Params",
+    "decode_step",
+    "generate",
+    "init_state",
+    "kv",
+    "kv_bytes",
+    "load",
+    "prefill",
+    "stream",
+]

@@ -1,0 +1,183 @@
+"""Prefill, one decode step, and the compiled loop that generates until every row has ended."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kivi_jax.attention import decode_attention, prefill_attention
+from kivi_jax.kv.config import KVConfig, resolve_kv
+from kivi_jax.kv.state import KVState, Layer, advance, append_token, empty_state, store_prompt
+from kivi_jax.models.registry import Params
+from kivi_jax.sampling import Sampler
+
+
+def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "kivi2") -> KVState:
+    """An empty KV state for `batch` rows of up to `capacity` tokens.
+
+    Raises:
+        ValueError: `kv` is unknown or does not fit the model, or `batch` or `capacity` is not positive.
+    """
+    model = params.config
+    config = resolve_kv(kv, model.head_dim)
+    return empty_state(
+        model.num_layers, batch, model.num_kv_heads, capacity, model.head_dim, config, params.dtype
+    )
+
+
+@jax.jit
+def prefill(
+    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], state: KVState
+) -> tuple[Float[Array, "B vocab"], KVState]:
+    """Runs prompts and stores their keys and values; whatever `state` held before is gone.
+
+    Args:
+        params: the model.
+        tokens: prompts, right-padded with any token.
+        lengths: the real tokens of each row, 1 to T.
+        state: a state for B rows with a capacity of at least T.
+
+    Returns:
+        The float32 logits of each row's last real token, and the state.
+
+    Raises:
+        ValueError: the shapes of `tokens`, `lengths` and `state` don't fit together.
+    """
+    batch, length = tokens.shape
+    if lengths.shape != (batch,) or state.lengths.shape != (batch,):
+        raise ValueError(
+            f"tokens {tokens.shape}, lengths {lengths.shape} and state.lengths {state.lengths.shape} must agree on the batch"
+        )
+    if length > state.capacity:
+        raise ValueError(f"{length} prompt tokens exceed the state's capacity of {state.capacity}")
+
+    def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
+        return prefill_attention(q, k, v), store_prompt(layer, k, v, lengths, state.config)
+
+    model = params.model()
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    hidden, layers = model(tokens, positions, state.layers, attend)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return model.logits(last), dataclasses.replace(
+        state, lengths=lengths.astype(jnp.int32), layers=layers
+    )
+
+
+@jax.jit
+def decode_step(
+    params: Params,
+    tokens: Int[Array, " B"],
+    state: KVState,
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B vocab"], KVState]:
+    """Appends one token to every row, or to the `active` ones, and returns the float32 logits after it.
+
+    Inside your own `jax.jit`, donate the state so that it is updated in place. The logits of inactive rows mean nothing.
+    """
+    if active is None:
+        active = jnp.ones(tokens.shape, bool)
+    attended_lengths = jnp.where(active, state.lengths, 0)  # rows that have ended must not cost reads
+
+    def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
+        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        out = decode_attention(q, k, v, layer, attended_lengths, state.config)
+        return out[:, None], append_token(layer, k, v, state.lengths, active, state.config)
+
+    model = params.model()
+    hidden, layers = model(tokens[:, None], state.lengths[:, None], state.layers, attend)
+    state = advance(dataclasses.replace(state, layers=layers), active)
+    return model.logits(hidden[:, 0]), state
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["state", "tokens", "steps", "last", "active", "keys"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Generation in progress, the carry of the decode loop.
+
+    Attributes:
+        state: the KV state, which lacks only the newest token of each row.
+        tokens: int32 `[B, N]`, the generated tokens.
+        steps: how many columns of `tokens` are written.
+        last: int32 `[B]`, the newest token.
+        active: bool `[B]`, the rows that have not ended; a row ends by an end token, which stays in `tokens`.
+        keys: one random key a row, so that a row's samples don't depend on its neighbours.
+    """
+
+    state: KVState
+    tokens: Any
+    steps: Any
+    last: Any
+    active: Any
+    keys: Any
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "kv", "max_new_tokens"))
+def start_decoding(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    end_tokens: Int[Array, " E"],
+    keys: Array,
+    sampler: Sampler,
+    *,
+    active: Bool[Array, " B"],
+    capacity: int,
+    kv: KVConfig,
+    max_new_tokens: int,
+) -> Decoding:
+    """Prefills a new state and samples the first token of every active row."""
+    batch = tokens.shape[0]
+    logits, state = prefill(params, tokens, lengths, init_state(params, batch, capacity, kv))
+    decoding = Decoding(
+        state=state,
+        tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
+        steps=jnp.int32(0),
+        last=jnp.zeros(batch, jnp.int32),
+        active=active,
+        keys=keys,
+    )
+    return _take_token(decoding, logits, end_tokens, sampler)
+
+
+@functools.partial(jax.jit, donate_argnames="decoding")
+def continue_decoding(
+    params: Params,
+    decoding: Decoding,
+    end_tokens: Int[Array, " E"],
+    sampler: Sampler,
+    until: Int[Array, ""],
+) -> Decoding:
+    """Generates until `until` tokens a row are there or every row has ended; the state is updated in place."""
+
+    def unfinished(decoding: Decoding) -> Array:
+        return (decoding.steps < until) & decoding.active.any()
+
+    def step(decoding: Decoding) -> Decoding:
+        logits, state = decode_step(params, decoding.last, decoding.state, decoding.active)
+        return _take_token(dataclasses.replace(decoding, state=state), logits, end_tokens, sampler)
+
+    return jax.lax.while_loop(unfinished, step, decoding)
+
+
+def _take_token(
+    decoding: Decoding, logits: Float[Array, "B vocab"], end_tokens: Int[Array, " E"], sampler: Sampler
+) -> Decoding:
+    """Samples the next token of every row and writes it down."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(decoding.keys, decoding.steps)
+    token = sampler(logits, keys)
+    ended = (token[:, None] == end_tokens).any(-1)
+    return dataclasses.replace(
+        decoding,
+        tokens=jax.lax.dynamic_update_slice(decoding.tokens, token[:, None], (0, decoding.steps)),
+        steps=decoding.steps + 1,
+        last=token,
+        active=decoding.active & ~ended,
+    )

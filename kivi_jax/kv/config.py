@@ -1,0 +1,87 @@
+"""How the key-value state is stored: bits, group size and exact window."""
+
+import dataclasses
+
+UNQUANTIZED_BITS = 16  # stands for the activation dtype, whatever that is
+
+
+@dataclasses.dataclass(frozen=True)
+class KVConfig:
+    """Storage of the key-value state (KIVI, Liu et al. 2024, arXiv 2402.02750).
+
+    Attributes:
+        key_bits: bits of a key's code, 2 or 4; 16 for both keys and values stores the activation dtype.
+        value_bits: bits of a value's code, likewise.
+        group_size: values that share one scale and one zero, consecutive tokens of a channel for keys and
+            consecutive channels of a token for values. It must divide the model's `head_dim`.
+        residual_length: number of newest tokens whose values stay exact, a multiple of `group_size`.
+
+    Raises:
+        ValueError: the fields do not fit together.
+    """
+
+    key_bits: int
+    value_bits: int
+    group_size: int = 32
+    residual_length: int = 128
+
+    def __post_init__(self) -> None:
+        bits = (self.key_bits, self.value_bits)
+        if bits == (UNQUANTIZED_BITS, UNQUANTIZED_BITS):
+            return
+        if not set(bits) <= {2, 4}:
+            raise ValueError(
+                f"key_bits and value_bits must each be 2 or 4 (or both 16 for an unquantized state), got {bits}"
+            )
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be positive, got {self.group_size}; the usual value is 32")
+        if self.residual_length < 1 or self.residual_length % self.group_size:
+            raise ValueError(
+                f"residual_length must be a positive multiple of group_size {self.group_size}, "
+                f"got {self.residual_length}"
+            )
+        # A flush writes residual_length tokens as whole words.
+        if self.residual_length * min(bits) % 32:
+            raise ValueError(
+                f"residual_length must be a multiple of {32 // min(bits)} tokens, which fill one 32-bit word "
+                f"at {min(bits)} bits, got {self.residual_length}"
+            )
+
+    @property
+    def quantized(self) -> bool:
+        return self.key_bits != UNQUANTIZED_BITS
+
+    def bits_per_value(self) -> float:
+        """Mean stored bits of a packed key or value, its share of a 16-bit scale and zero included."""
+        if not self.quantized:
+            return float(UNQUANTIZED_BITS)
+        return (self.key_bits + self.value_bits) / 2 + 32 / self.group_size
+
+
+PRESETS = {
+    "bf16": KVConfig(UNQUANTIZED_BITS, UNQUANTIZED_BITS),
+    "kivi4": KVConfig(4, 4),
+    "kivi-k4v2": KVConfig(4, 2),
+    "kivi-k2v4": KVConfig(2, 4),
+    "kivi2": KVConfig(2, 2),
+}
+
+
+def resolve_kv(kv: str | KVConfig, head_dim: int) -> KVConfig:
+    """The configuration that `kv` names, checked against a model's `head_dim`.
+
+    Raises:
+        ValueError: an unknown name, or a group size that does not divide `head_dim`.
+    """
+    if isinstance(kv, str) and kv in PRESETS:
+        config = PRESETS[kv]
+    elif isinstance(kv, KVConfig):
+        config = kv
+    else:
+        raise ValueError(f"kv must be one of {', '.join(map(repr, PRESETS))} or a KVConfig, got {kv!r}")
+    if config.quantized and head_dim % config.group_size:
+        raise ValueError(
+            f"group_size {config.group_size} does not divide the model's head_dim {head_dim}; "
+            f"pass kv=KVConfig(..., group_size=G) with a G that does"
+        )
+    return config

@@ -1,0 +1,1 @@
+"""Model families as Flax NNX modules."""

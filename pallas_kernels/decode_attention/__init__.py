@@ -1,0 +1,1 @@
+"""Attention of one new token a row over the stored keys and values."""
