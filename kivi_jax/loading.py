@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
@@ -107,33 +106,31 @@ def _end_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
 def _load_weights(folder: Path, family: Family, shapes: Mapping[Any, Any], dtype: str) -> dict[Any, Any]:
     """Every parameter of the module, converted tensor by tensor, after all names and shapes were checked."""
     expected = {_path(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    sources: dict[str, tuple[Path, str, bool]] = {}
+    sources: dict[str, tuple[Path, str]] = {}
     problems = []
     for file in _weight_files(folder):
         for name, shape in _tensor_shapes(file):
             target = _target(name, family.weights)
-            if target is None or target[0] not in expected:
+            if target is None or target not in expected:
                 # A tied head is sometimes saved a second time under its own name.
-                if not IGNORED.fullmatch(name) and not (target and target[0] == "head.kernel"):
+                if not IGNORED.fullmatch(name) and target != "head.kernel":
                     problems.append(f"unexpected {name}")
                 continue
-            path, transposed = target
-            wanted = expected[path][::-1] if transposed else expected[path]
-            if shape != wanted:
-                problems.append(f"{name} has shape {shape}, expected {wanted}")
-            sources[path] = (file, name, transposed)
+            if shape != expected[target]:
+                problems.append(f"{name} has shape {shape}, expected {expected[target]}")
+            sources[target] = (file, name)
     problems += [f"missing the tensor for {path}" for path in expected if path not in sources]
     if problems:
         raise CheckpointError(
             f"{folder}: the weights don't fit config.json:\n  " + "\n  ".join(problems)
         )
     weights: dict[Any, Any] = {}
-    for path, (file, name, transposed) in tqdm(sources.items(), desc="loading", unit="tensor", leave=False):
+    for path, (file, name) in tqdm(sources.items(), desc="loading", unit="tensor", leave=False):
         with safe_open(file, framework="np") as tensors:
             tensor = tensors.get_tensor(name)
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise CheckpointError(f"{file}: {name} is {tensor.dtype}, expected floating point")
-        _insert(weights, path, jnp.asarray(np.transpose(tensor) if transposed else tensor, dtype))
+        _insert(weights, path, jnp.asarray(tensor, dtype))
     return weights
 
 
@@ -163,11 +160,11 @@ def _tensor_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         raise CheckpointError(f"{file} is damaged or cut short: {error}") from None
 
 
-def _target(name: str, table: tuple[tuple[str, str, bool], ...]) -> tuple[str, bool] | None:
-    """Parameter path of a checkpoint's tensor, and whether it is stored transposed."""
-    for pattern, template, transposed in table:
+def _target(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
+    """Parameter path of a checkpoint's tensor."""
+    for pattern, template in table:
         if match := re.fullmatch(pattern, name):
-            return match.expand(template), transposed
+            return match.expand(template)
     return None
 
 

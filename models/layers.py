@@ -35,17 +35,58 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
-def linear(rngs: nnx.Rngs, inputs: int, outputs: int, *, bias: bool, dtype: Any) -> nnx.Linear:
-    """A linear layer whose parameters and arithmetic share one dtype."""
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        dtype=dtype,
-        param_dtype=dtype,
-        kernel_init=normal_init,
-        rngs=rngs,
-    )
+class Linear(nnx.Module):
+    """`x · kernelᵀ + bias` in one dtype, summed in float32.
+
+    The kernel is `[outputs, inputs]`, as checkpoints have it. That order and the float32 sums are also what XLA's CPU
+    backend multiplies in bfloat16 directly; otherwise it keeps float32 copies of all weights beside the decode loop.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(normal_init(rngs.params(), (outputs, inputs), dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs, dtype))
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        y = project(x, self.kernel[...])
+        if hasattr(self, "bias"):
+            y = y + self.bias[...].astype(y.dtype)
+        return y.astype(x.dtype)
+
+
+def project(
+    x: Float[Array, "*batch inputs"], kernel: Float[Array, "outputs inputs"]
+) -> Float[Array, "*batch outputs"]:
+    """x · kernelᵀ, float32. As a product of matrices: of a batched one, XLA would keep a transposed kernel."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 1:
+        y = jax.lax.platform_dependent(rows, kernel, cpu=_product_of_one_row, default=_product)
+    else:
+        y = _product(rows, kernel)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _product(
+    rows: Float[Array, "rows inputs"], kernel: Float[Array, "outputs inputs"]
+) -> Float[Array, "rows outputs"]:
+    return jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _product_of_one_row(
+    row: Float[Array, "1 inputs"], kernel: Float[Array, "outputs inputs"]
+) -> Float[Array, "1 outputs"]:
+    """The CPU backend multiplies a 16-bit matrix by two rows directly, but widens it first for a single one."""
+    return _product(jnp.pad(row, ((0, 1), (0, 0))), kernel)[:1]
+
+
+class Embedding(nnx.Module):
+    """A table with a row for every token."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(normal_init(rngs.params(), (vocab_size, hidden_size), dtype))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
+        return self.embedding[...][tokens]
 
 
 class Attention(nnx.Module):
@@ -63,10 +104,10 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.head_dim = head_dim
-        self.q_proj = linear(rngs, hidden_size, num_heads * head_dim, bias=bias, dtype=dtype)
-        self.k_proj = linear(rngs, hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype)
-        self.v_proj = linear(rngs, hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype)
-        self.o_proj = linear(rngs, num_heads * head_dim, hidden_size, bias=bias, dtype=dtype)
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -90,9 +131,9 @@ class SwiGLU(nnx.Module):
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs
     ):
-        self.gate_proj = linear(rngs, hidden_size, intermediate_size, bias=bias, dtype=dtype)
-        self.up_proj = linear(rngs, hidden_size, intermediate_size, bias=bias, dtype=dtype)
-        self.down_proj = linear(rngs, intermediate_size, hidden_size, bias=bias, dtype=dtype)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T hidden"]) -> Float[Array, "B T hidden"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from kivi_jax.models.layers import Attend, Attention, SwiGLU, linear, normal_init, rotary_angles
+from kivi_jax.models.layers import Attend, Attention, Embedding, Linear, SwiGLU, project, rotary_angles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,20 +172,13 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=dtype,
-            param_dtype=dtype,
-            embedding_init=normal_init,
-            rngs=rngs,
-        )
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             [LlamaLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
         )
         self.norm = rms_norm(config, dtype=dtype, rngs=rngs)
         if not config.tied_head:
-            self.head = linear(rngs, config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+            self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -205,8 +198,8 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Next-token logits, float32."""
-        out = self.embed.attend(hidden) if self.config.tied_head else self.head(hidden)
-        return out.astype(jnp.float32)
+        kernel = self.embed.embedding if self.config.tied_head else self.head.kernel
+        return project(hidden, kernel[...])
 
 
 def rms_norm(config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -215,16 +208,16 @@ def rms_norm(config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
     )
 
 
-# Checkpoint name -> parameter path; linear kernels are stored [out, in] there and [in, out] here.
+# Checkpoint name -> parameter path.
 _LAYER = r"model\.layers\.(\d+)\."
 WEIGHTS = (
-    (r"model\.embed_tokens\.weight", r"embed.embedding", False),
-    (_LAYER + r"input_layernorm\.weight", r"layers.\1.input_norm.scale", False),
-    (_LAYER + r"post_attention_layernorm\.weight", r"layers.\1.mlp_norm.scale", False),
-    (_LAYER + r"self_attn\.([qkvo]_proj)\.weight", r"layers.\1.attention.\2.kernel", True),
-    (_LAYER + r"self_attn\.([qkvo]_proj)\.bias", r"layers.\1.attention.\2.bias", False),
-    (_LAYER + r"mlp\.(gate_proj|up_proj|down_proj)\.weight", r"layers.\1.mlp.\2.kernel", True),
-    (_LAYER + r"mlp\.(gate_proj|up_proj|down_proj)\.bias", r"layers.\1.mlp.\2.bias", False),
-    (r"model\.norm\.weight", r"norm.scale", False),
-    (r"lm_head\.weight", r"head.kernel", True),
+    (r"model\.embed_tokens\.weight", r"embed.embedding"),
+    (_LAYER + r"input_layernorm\.weight", r"layers.\1.input_norm.scale"),
+    (_LAYER + r"post_attention_layernorm\.weight", r"layers.\1.mlp_norm.scale"),
+    (_LAYER + r"self_attn\.([qkvo]_proj)\.weight", r"layers.\1.attention.\2.kernel"),
+    (_LAYER + r"self_attn\.([qkvo]_proj)\.bias", r"layers.\1.attention.\2.bias"),
+    (_LAYER + r"mlp\.(gate_proj|up_proj|down_proj)\.weight", r"layers.\1.mlp.\2.kernel"),
+    (_LAYER + r"mlp\.(gate_proj|up_proj|down_proj)\.bias", r"layers.\1.mlp.\2.bias"),
+    (r"model\.norm\.weight", r"norm.scale"),
+    (r"lm_head\.weight", r"head.kernel"),
 )

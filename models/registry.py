@@ -17,12 +17,12 @@ class Family:
     Attributes:
         config: reads `config.json`.
         module: the Flax module, built from such a configuration.
-        weights: checkpoint name (a pattern for the whole name) -> parameter path, and whether to transpose.
+        weights: checkpoint name (a pattern for the whole name) -> parameter path.
     """
 
     config: type[llama.LlamaConfig]
     module: type[llama.Llama]
-    weights: tuple[tuple[str, str, bool], ...]
+    weights: tuple[tuple[str, str], ...]
 
 
 FAMILIES = {"llama": Family(llama.LlamaConfig, llama.Llama, llama.WEIGHTS)}

@@ -160,17 +160,15 @@ def append_token(
     config: KVConfig,
 ) -> Layer:
     """The layer with one more token in the `active` rows; `advance` must follow once all layers have it."""
-    rows = jnp.arange(lengths.size)
     if isinstance(layer, DenseLayer):
-        at = jnp.where(active, lengths, layer.k.shape[2])  # beyond the end: dropped
         return DenseLayer(
-            layer.k.at[rows, :, at].set(k, mode="drop"), layer.v.at[rows, :, at].set(v, mode="drop")
+            _set_tokens(layer.k, k, lengths, active), _set_tokens(layer.v, v, lengths, active)
         )
-    slot = jnp.where(active, lengths % config.residual_length, config.residual_length)
+    slots = lengths % config.residual_length
     return dataclasses.replace(
         layer,
-        window_k=layer.window_k.at[rows, :, slot].set(k, mode="drop"),
-        window_v=layer.window_v.at[rows, :, slot].set(v, mode="drop"),
+        window_k=_set_tokens(layer.window_k, k, slots, active),
+        window_v=_set_tokens(layer.window_v, v, slots, active),
     )
 
 
@@ -257,6 +255,14 @@ def _write(buffer: Array, update: Array, row: int | Array, index: int | Array, a
     starts[0] = row
     starts[axis] = index * update.shape[axis]
     return jax.lax.dynamic_update_slice(buffer, update, starts)
+
+
+def _set_tokens(
+    buffer: Float[Array, "B H S D"], tokens: Float[Array, "B H D"], at: Int[Array, " B"], active: Bool[Array, " B"]
+) -> Float[Array, "B H S D"]:
+    """Writes one token into place `at` of every active row; a place beyond the end is left out."""
+    at = jnp.where(active, at, buffer.shape[2])
+    return buffer.at[jnp.arange(at.size), :, at].set(tokens, mode="drop")
 
 
 def _read_blocks(

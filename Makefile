@@ -1,0 +1,51 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime-installed
+DEV := $(VENV)/.dev-installed
+
+# $(call require_python,INTERPRETER,ADVICE)
+require_python = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "kivi-jax needs Python 3.11 or newer, which $(1) ($$($(1) --version 2>&1 | head -n 1)) is not; $(2)" >&2; exit 1; }
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo "Each installs what it needs into $(VENV); PYTHON= and VENV= choose another interpreter and folder."
+
+demo: $(RUNTIME) ## generate with the demo model from a 16-bit and a 2-bit cache
+	$(BIN)/python scripts/demo.py $(ARGS)
+
+test: $(DEV) ## run the tests; ARGS="-k name" passes options to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV) ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(DEV) ## check types
+	$(BIN)/mypy
+
+format: $(DEV) ## format, and fix what can be fixed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(BIN)/python:
+	@$(call require_python,$(PYTHON),name a newer one as in make PYTHON=python3.12)
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml | $(BIN)/python
+	$(call install,.)
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	$(call install,.[dev])
+	@touch $(RUNTIME) $@
+
+# The environment may have been made by hand: from an old Python, or without pip.
+define install
+@$(call require_python,$(BIN)/python,remove $(VENV) or choose another folder as in make VENV=.venv-new)
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+$(BIN)/python -m pip install --quiet --editable '$(1)'
+endef
+
+.PHONY: help demo test lint types format

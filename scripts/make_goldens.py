@@ -1,0 +1,254 @@
+"""Makes the checkpoints and reference results of `tests/models/test_llama.py` with Hugging Face transformers.
+
+    python -m venv .venv-torch
+    .venv-torch/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
+    .venv-torch/bin/python scripts/make_goldens.py            # writes tests/data/llama_<variant>/
+    .venv-torch/bin/python scripts/make_goldens.py --out DIR --variants mha gqa
+
+Only this script needs torch and transformers, and it imports nothing of kivi_jax. The same versions of them
+give the same files.
+
+A folder holds a random checkpoint as `save_pretrained` writes it, and `goldens.npz`, all of it float32:
+
+- `prompts [B, T]`, right-padded, and `lengths [B]`;
+- `prefill_logits [B, V]` after each row's last token;
+- `decode_tokens [B, N]`, random, and `decode_logits [B, N, V]` after each of them, fed one at a time;
+- `completions [B, M]`, the greedy ids of `generate` with the end token where there is one, then -1.
+
+Torch runs every row alone and without padding, so the results know nothing of how kivi_jax pads and batches.
+"""
+
+import argparse
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+DEFAULT_OUT = Path(__file__).resolve().parent.parent / "tests" / "data"
+PROMPT_LENGTHS = (7, 130, 1, 40)
+DECODE_STEPS = 24
+NEW_TOKENS = 30
+# Standard deviation of a layer's outputs for inputs of unit variance, 1 for the layers not named here. The one
+# of attention's scores is about the product of the first two, that of the logits is the head's (if tied, the
+# embedding's).
+GAINS = {"q_proj": 1.4, "k_proj": 1.4, "o_proj": 4.0, "down_proj": 4.0, "embed_tokens": 2.5, "lm_head": 2.5}
+# Two best logits closer than this could swap places by rounding alone.
+LEAST_GREEDY_MARGIN = 1e-2
+
+log = logging.getLogger("make_goldens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One checkpoint.
+
+    Attributes:
+        seed: of the weights and the tokens.
+        config: fields of `LlamaConfig` besides the common ones.
+        ends: (row, step) of tokens of the endless greedy completions; they become the end tokens.
+        shard_bytes: the largest weight file.
+    """
+
+    seed: int
+    config: Mapping[str, Any]
+    ends: tuple[tuple[int, int], ...] = ()
+    shard_bytes: int = 10**9
+
+
+VARIANTS = {
+    "mha": Variant(
+        seed=1,
+        config={"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2},
+        ends=((1, 12),),
+    ),
+    "gqa": Variant(
+        seed=5,
+        config={
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+            # Of 16 wavelengths 2 are below 128 / 4 and kept, 2 blended, 12 above 128 / 1 and stretched.
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+        ends=((0, 18), (3, 25)),
+    ),
+    "gqa_bias": Variant(
+        seed=4,
+        config={
+            "hidden_size": 48,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
+        },
+        shard_bytes=120_000,
+    ),
+}
+
+
+def make_model(variant: Variant) -> LlamaForCausalLM:
+    """A random model whose attention and logits are far from uniform."""
+    common = {
+        "vocab_size": 112,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**common, **variant.config}))
+    model = model.to(torch.float32).eval()
+    model.set_attn_implementation("eager")
+    generator = torch.Generator().manual_seed(variant.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(_offset(name) + _spread(name, parameter) * noise)
+    return model
+
+
+def _offset(name: str) -> float:
+    return 1.0 if "norm" in name else 0.0
+
+
+def _spread(name: str, parameter: torch.Tensor) -> float:
+    """Standard deviation of a parameter's elements."""
+    if "norm" in name or name.endswith("bias"):
+        return 0.3
+    inputs = parameter.shape[-1]
+    return next((gain for part, gain in GAINS.items() if part in name), 1.0) / math.sqrt(inputs)
+
+
+@torch.no_grad()
+def forced_logits(
+    model: LlamaForCausalLM, prompt: Sequence[int], forced: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[V]` after the prompt, and `[N, V]` after each forced token, through transformers' KV cache."""
+    out = model(torch.tensor([prompt]), use_cache=True)
+    prefill = out.logits[0, -1].numpy()
+    decode = []
+    for token in forced:
+        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+        decode.append(out.logits[0, -1].numpy())
+    return prefill, np.stack(decode)
+
+
+@torch.no_grad()
+def complete(model: LlamaForCausalLM, prompt: Sequence[int]) -> tuple[list[int], float]:
+    """Greedy completion, and its smallest margin between the two best logits."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    best = torch.cat(out.logits).topk(2).values
+    return out.sequences[0, len(prompt) :].tolist(), float((best[:, 0] - best[:, 1]).min())
+
+
+def choose_end_tokens(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], variant: Variant) -> None:
+    """Makes tokens that the model does generate its end tokens.
+
+    As in the checkpoints of Llama 3, config.json names only the first of several.
+    """
+    if not variant.ends:
+        return
+    ids = [complete(model, prompts[row])[0][step] for row, step in variant.ends]
+    model.config.eos_token_id = ids[0]
+    model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+
+
+@torch.no_grad()
+def attention_spread(model: LlamaForCausalLM, prompt: Sequence[int]) -> float:
+    """exp(entropy) of attention per token it sees, 1 if uniform; mean over a prompt's second half."""
+    layers = model(torch.tensor([prompt]), output_attentions=True).attentions
+    weights = torch.stack(layers)[..., len(prompt) // 2 :, :]
+    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1)
+    visible = torch.arange(len(prompt) // 2, len(prompt)) + 1
+    return float((entropy.exp() / visible).mean())
+
+
+def pad(rows: Sequence[Sequence[int]], filler: int) -> np.ndarray:
+    padded = np.full((len(rows), max(map(len, rows))), filler, np.int32)
+    for row, tokens in zip(padded, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return padded
+
+
+def check_fit(logits: np.ndarray, spread: float, margin: float) -> None:
+    """Refuses goldens that a wrong implementation could pass, or a right one fail.
+
+    Raises:
+        RuntimeError: a row's logits or attention are near-uniform, or a greedy choice is too close.
+    """
+    deviation = logits.std(axis=-1).min()
+    log.info("  logit std %.2f, attention spread %.2f, greedy margin %.3f", deviation, spread, margin)
+    if deviation < 1 or spread > 0.6 or margin < LEAST_GREEDY_MARGIN:
+        raise RuntimeError("a weak or fragile reference; choose another seed or other gains")
+
+
+def make_variant(name: str, variant: Variant, out: Path) -> None:
+    log.info("%s", name)
+    model = make_model(variant)
+    random = np.random.default_rng(variant.seed)
+    vocab = model.config.vocab_size
+    prompts = [random.integers(vocab, size=length).tolist() for length in PROMPT_LENGTHS]
+    decode_tokens = random.integers(vocab, size=(len(prompts), DECODE_STEPS)).astype(np.int32)
+    choose_end_tokens(model, prompts, variant)
+    rows = zip(prompts, decode_tokens.tolist(), strict=True)
+    prefill_logits, decode_logits = zip(*(forced_logits(model, *row) for row in rows), strict=True)
+    completions, margins = zip(*(complete(model, prompt) for prompt in prompts), strict=True)
+    spread = attention_spread(model, max(prompts, key=len))
+    check_fit(np.concatenate([*decode_logits, prefill_logits]), spread, min(margins))
+    folder = out / f"llama_{name}"
+    model.save_pretrained(folder, max_shard_size=variant.shard_bytes)
+    np.savez_compressed(
+        folder / "goldens.npz",
+        prompts=pad(prompts, filler=0),
+        lengths=np.array(PROMPT_LENGTHS, np.int32),
+        prefill_logits=np.stack(prefill_logits),
+        decode_tokens=decode_tokens,
+        decode_logits=np.stack(decode_logits),
+        completions=pad(completions, filler=-1),
+    )
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    log.info("  %d bytes, completions of %s tokens", size, [len(tokens) for tokens in completions])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="where llama_<variant>/ goes")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)  # the order of sums, and so the last bits, depends on it
+    for name in arguments.variants:
+        make_variant(name, VARIANTS[name], arguments.out)
+
+
+if __name__ == "__main__":
+    main()
