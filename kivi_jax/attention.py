@@ -39,9 +39,7 @@ def prefill_attention(
             return _splash_attention(q, k, v, interpret)
         case "xla":
             return _chunked_attention(q, k, v)
-    raise ValueError(
-        f"implementation must be 'auto', 'xla', 'cudnn' or 'splash', got {implementation!r}"
-    )
+    raise ValueError(f"implementation must be 'auto', 'xla', 'cudnn' or 'splash', got {implementation!r}")
 
 
 def _best_implementation(q: Array) -> PrefillImplementation:

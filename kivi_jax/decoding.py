@@ -50,7 +50,8 @@ def prefill(
     batch, length = tokens.shape
     if lengths.shape != (batch,) or state.lengths.shape != (batch,):
         raise ValueError(
-            f"tokens {tokens.shape}, lengths {lengths.shape} and state.lengths {state.lengths.shape} must agree on the batch"
+            f"tokens {tokens.shape}, lengths {lengths.shape} and state.lengths {state.lengths.shape} "
+            f"must agree on the batch"
         )
     if length > state.capacity:
         raise ValueError(f"{length} prompt tokens exceed the state's capacity of {state.capacity}")
@@ -62,9 +63,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     hidden, layers = model(tokens, positions, state.layers, attend)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last), dataclasses.replace(
-        state, lengths=lengths.astype(jnp.int32), layers=layers
-    )
+    return model.logits(last), dataclasses.replace(state, lengths=lengths.astype(jnp.int32), layers=layers)
 
 
 @jax.jit
@@ -76,7 +75,7 @@ def decode_step(
 ) -> tuple[Float[Array, "B vocab"], KVState]:
     """Appends one token to every row, or to the `active` ones, and returns the float32 logits after it.
 
-    Inside your own `jax.jit`, donate the state so that it is updated in place. The logits of inactive rows mean nothing.
+    Inside your own `jax.jit`, donate the state so that it is updated in place. Logits of inactive rows mean nothing.
     """
     if active is None:
         active = jnp.ones(tokens.shape, bool)

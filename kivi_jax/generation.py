@@ -42,7 +42,16 @@ def generate(
     params: Params, prompts: Sequence[str] | Sequence[Sequence[int]], kv: str | KVConfig = ..., **options: Any
 ) -> list[Completion]: ...
 def generate(
-    params: Params, prompts: Prompts, kv: str | KVConfig = "kivi2", **options: Any
+    params: Params,
+    prompts: Prompts,
+    kv: str | KVConfig = "kivi2",
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: str | Sequence[str] | None = None,
 ) -> Completion | list[Completion]:
     """Completes one prompt or a batch of them.
 
@@ -52,18 +61,32 @@ def generate(
         params: from `load`.
         prompts: a text, a list of texts, or a list of token-id lists (which needs no tokenizer).
         kv: storage of the KV state: "bf16", "kivi4", "kivi-k4v2", "kivi-k2v4", "kivi2" or a `KVConfig`.
-        **options: those of `stream`, except `chunk`.
+        max_new_tokens: most tokens to generate for a prompt.
+        temperature: 0 takes the most likely token, more samples.
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the fewest tokens that together reach this probability.
+        seed: of the samples.
+        stop: strings that end a completion, which then ends before them.
 
     Returns:
         A `Completion` for a `str`, else a list of them in the order of the prompts.
 
     Raises:
-        ValueError: see `stream`.
+        ValueError: an unknown `kv`, a setting out of range, an empty prompt, a token outside the vocabulary, texts or
+            stop strings without a tokenizer, or more tokens than the model has positions.
     """
-    chunk = STREAM_TOKENS if options.get("stop") else None
-    completions: list[Completion] = []
-    for completions in stream(params, prompts, kv, chunk=chunk, **options):
-        pass
+    *_, completions = stream(
+        params,
+        prompts,
+        kv,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        chunk=STREAM_TOKENS if stop else None,
+    )
     return completions[0] if isinstance(prompts, str) else completions
 
 
@@ -80,23 +103,12 @@ def stream(
     stop: str | Sequence[str] | None = None,
     chunk: int | None = STREAM_TOKENS,
 ) -> Iterator[list[Completion]]:
-    """Generates like `generate`, yielding all completions so far after every `chunk` tokens.
+    """Generates like `generate`, whose arguments it takes, and yields all completions so far after every `chunk` tokens.
 
-    Args:
-        params: from `load`.
-        prompts: a text, a list of texts, or a list of token-id lists.
-        kv: storage of the KV state.
-        max_new_tokens: most tokens to generate for a prompt.
-        temperature: 0 takes the most likely token, more samples.
-        top_k: sample among the k most likely tokens only.
-        top_p: sample among the fewest tokens that together reach this probability.
-        seed: of the samples.
-        stop: strings that end a completion, which then ends before them.
-        chunk: tokens between two yields; None yields only the end result.
+    With a `chunk` of None only the end result comes.
 
     Raises:
-        ValueError: an unknown `kv`, a sampling setting out of range, an empty prompt, a token outside the vocabulary,
-            texts or stop strings without a tokenizer, or more tokens than the model has positions.
+        ValueError: as `generate`, at the first completion asked for.
     """
     config = resolve_kv(kv, params.config.head_dim)
     sampler = make_sampler(temperature, top_k, top_p)
@@ -107,8 +119,9 @@ def stream(
         raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    ids = _encode(params, [prompts] if isinstance(prompts, str) else prompts)
+    ids = encode(params, [prompts] if isinstance(prompts, str) else prompts)
     if not ids:
+        yield []
         return
     longest = max(map(len, ids))
     if longest + max_new_tokens > params.config.max_positions:
@@ -117,22 +130,17 @@ def stream(
             f"{params.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
         )
     end_tokens = jnp.asarray(params.end_tokens, jnp.int32)
-    batch, length = _bucket(len(ids)), _bucket(longest, least=16)
-    tokens = np.zeros((batch, length), np.int32)
-    lengths = np.ones(batch, np.int32)
-    for row, prompt in enumerate(ids):
-        tokens[row, : len(prompt)] = prompt
-        lengths[row] = len(prompt)
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+    batch = PromptBatch.pad(ids, max_new_tokens)
+    rows = jnp.arange(len(batch.lengths))
     decoding = start_decoding(
         params,
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
+        jnp.asarray(batch.tokens),
+        jnp.asarray(batch.lengths),
         end_tokens,
-        row_keys,
+        jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows),
         sampler,
-        active=jnp.arange(batch) < len(ids),
-        capacity=_bucket(longest + max_new_tokens, least=16),
+        active=rows < len(ids),
+        capacity=batch.capacity,
         kv=config,
         max_new_tokens=_bucket(max_new_tokens, least=16),
     )
@@ -145,10 +153,35 @@ def stream(
             yield completions
         if stops:
             running = [completion.finish_reason is None for completion in completions]
-            running += [False] * (batch - len(ids))
+            running += [False] * (len(batch.lengths) - len(ids))
             decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running))
         until = max_new_tokens if chunk is None else min(int(decoding.steps) + chunk, max_new_tokens)
         decoding = continue_decoding(params, decoding, end_tokens, sampler, jnp.int32(until))
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """Prompts in arrays of bucketed shapes, so that different prompts rarely need another compilation.
+
+    Attributes:
+        tokens: int32 `[B, T]`, right-padded.
+        lengths: int32 `[B]`; rows that only fill up the batch have one token.
+        capacity: tokens a row of the KV state must hold.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    capacity: int
+
+    @classmethod
+    def pad(cls, ids: Sequence[Sequence[int]], max_new_tokens: int) -> "PromptBatch":
+        longest = max(map(len, ids))
+        tokens = np.zeros((_bucket(len(ids)), _bucket(longest, least=16)), np.int32)
+        lengths = np.ones(len(tokens), np.int32)
+        for row, prompt in enumerate(ids):
+            tokens[row, : len(prompt)] = prompt
+            lengths[row] = len(prompt)
+        return cls(tokens, lengths, _bucket(longest + max_new_tokens, least=16))
 
 
 def _completions(
@@ -159,9 +192,7 @@ def _completions(
     return [_completion(params, tokens, max_new_tokens, stops) for tokens in generated]
 
 
-def _completion(
-    params: Params, tokens: list[int], max_new_tokens: int, stops: tuple[str, ...]
-) -> Completion:
+def _completion(params: Params, tokens: list[int], max_new_tokens: int, stops: tuple[str, ...]) -> Completion:
     finish_reason: Literal["stop", "length"] | None = "length" if len(tokens) == max_new_tokens else None
     ends = [place for place, token in enumerate(tokens) if token in params.end_tokens]
     if ends:
@@ -176,7 +207,7 @@ def _completion(
     return Completion(text, tokens, finish_reason)
 
 
-def _encode(params: Params, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+def encode(params: Params, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
     """Token ids of every prompt.
 
     Raises:

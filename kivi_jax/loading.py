@@ -43,11 +43,12 @@ def load(name: str | Path, dtype: str = "bfloat16") -> Params:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     folder = _find_folder(str(name))
     fields = _read_json(folder / "config.json")
-    family = FAMILIES.get(model_type := fields.get("model_type"))
-    if family is None:
+    model_type = fields.get("model_type")
+    if model_type not in FAMILIES:
         raise CheckpointError(
             f"{folder}: model_type {model_type!r} is not supported, only {', '.join(FAMILIES)}"
         )
+    family = FAMILIES[model_type]
     try:
         config = family.config.from_json(fields)
     except ValueError as error:
@@ -75,7 +76,9 @@ def _find_folder(name: str) -> Path:
         )
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
-    except Exception as error:  # the Hub client raises many unrelated kinds: no network, no such repository, gated
+    except (
+        Exception
+    ) as error:  # the Hub client raises many unrelated kinds: no network, no such repository, gated
         raise FileNotFoundError(
             f"no folder {name!r}, and no such model from the Hugging Face Hub: {error}"
         ) from error
@@ -121,11 +124,9 @@ def _load_weights(folder: Path, family: Family, shapes: Mapping[Any, Any], dtype
             sources[target] = (file, name)
     problems += [f"missing the tensor for {path}" for path in expected if path not in sources]
     if problems:
-        raise CheckpointError(
-            f"{folder}: the weights don't fit config.json:\n  " + "\n  ".join(problems)
-        )
+        raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  " + "\n  ".join(problems))
     weights: dict[Any, Any] = {}
-    for path, (file, name) in tqdm(sources.items(), desc="loading", unit="tensor", leave=False):
+    for path, (file, name) in tqdm(sources.items(), desc="loading", unit="tensor", leave=False, disable=None):
         with safe_open(file, framework="np") as tensors:
             tensor = tensors.get_tensor(name)
         if not jnp.issubdtype(tensor.dtype, jnp.floating):

@@ -128,9 +128,7 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     """Gated feed-forward layer, `down(silu(gate(x)) · up(x))` (Shazeer 2020)."""
 
-    def __init__(
-        self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs
-    ):
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, rngs=rngs)

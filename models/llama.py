@@ -79,6 +79,9 @@ class LlamaConfig:
         )
         if missing := [name for name in required if fields.get(name) is None]:
             raise ValueError(f"config.json lacks the fields {', '.join(missing)}")
+        sizes = {name: fields.get(name) for name in (*required, "num_key_value_heads", "head_dim")}
+        if wrong := {name: size for name, size in sizes.items() if not _is_size(size)}:
+            raise ValueError(f"config.json: these must be positive whole numbers, got {wrong}")
         if (activation := fields.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
         num_heads = fields["num_attention_heads"]
@@ -112,6 +115,10 @@ class LlamaConfig:
         if self.rope_scaling is not None:
             frequencies = self.rope_scaling.rescale(frequencies)
         return jnp.asarray(frequencies, jnp.float32)
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and value > 0)
 
 
 def read_rope(fields: Mapping[str, Any]) -> tuple[float, Llama3Rope | LinearRope | None]:
@@ -173,9 +180,7 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(
-            [LlamaLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
-        )
+        self.layers = nnx.List([LlamaLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = rms_norm(config, dtype=dtype, rngs=rngs)
         if not config.tied_head:
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)

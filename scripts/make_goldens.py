@@ -68,7 +68,7 @@ VARIANTS = {
         ends=((1, 12),),
     ),
     "gqa": Variant(
-        seed=5,
+        seed=8,
         config={
             "hidden_size": 64,
             "num_attention_heads": 4,

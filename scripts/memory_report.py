@@ -1,4 +1,4 @@
-"""Compiled memory of the decode loop of a Llama-shaped model: no weights, no device needed, the same figures every time.
+"""Compiled memory of the decode loop of a Llama-shaped model: no weights needed, and the same figures every time.
 
     python scripts/memory_report.py --kv kivi2 --batch 4 --capacity 4096
 
@@ -44,7 +44,9 @@ class LoopMemory:
     aliased: int
 
 
-def decode_loop_memory(config: LlamaConfig, kv: str, batch: int, capacity: int, dtype: str = "bfloat16") -> LoopMemory:
+def decode_loop_memory(
+    config: LlamaConfig, kv: str, batch: int, capacity: int, dtype: str = "bfloat16"
+) -> LoopMemory:
     """Compiles the decode loop for these shapes and asks XLA for its memory."""
     _, shapes = abstract_model("llama", config, jnp.dtype(dtype))
     weights = jax.tree.map(abstract, shapes)
@@ -83,7 +85,9 @@ def main(
     print(f"weights     {memory.weights / 2**20:10.1f} MiB")
     print(f"KV state    {memory.state / 2**20:10.1f} MiB")
     print(f"in place    {memory.aliased / 2**20:10.1f} MiB")
-    print(f"temporaries {memory.temporaries / 2**20:10.1f} MiB, {memory.temporaries / memory.state:.2%} of the state")
+    print(
+        f"temporaries {memory.temporaries / 2**20:10.1f} MiB, {memory.temporaries / memory.state:.2%} of the state"
+    )
 
 
 if __name__ == "__main__":

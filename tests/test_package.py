@@ -28,7 +28,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(CHECKOUT, source, symlinks=True, ignore=UNBUILT)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder)
     (wheel,) = folder.glob("*.whl")
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile", "--target", site, wheel, cwd=folder)
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel, cwd=folder)
     return site
 
 

@@ -11,7 +11,6 @@ would leave half of a 128-lane accelerator row empty, so there word rows 2i and 
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
@@ -69,20 +68,20 @@ def quantize_values(x: Float[Array, "*batch T D"], bits: int, group_size: int) -
 
 def dequantize_keys(quantized: Quantized, bits: int, group_size: int) -> Float[Array, "*batch T D"]:
     """Undoes `quantize_keys` up to half a scale per value; float32."""
-    fields = unpack(quantized.codes, bits, quantized.scale.shape[-1])
-    *batch, length, head_dim = fields.shape
-    groups = fields.reshape(*batch, length // group_size, group_size, head_dim)
-    scale, offset = affine(quantized, bits)
-    return (groups * scale[..., None, :] + offset[..., None, :]).reshape(fields.shape)
+    codes = unpack(quantized.codes, bits, quantized.scale.shape[-1]) + 2 ** (bits - 1)
+    *batch, length, head_dim = codes.shape
+    groups = codes.reshape(*batch, length // group_size, group_size, head_dim)
+    scale, zero = (array.astype(jnp.float32)[..., None, :] for array in quantized[1:])
+    return (groups * scale + zero).reshape(codes.shape)
 
 
 def dequantize_values(quantized: Quantized, bits: int, group_size: int) -> Float[Array, "*batch T D"]:
     """Undoes `quantize_values` up to half a scale per value; float32."""
-    fields = unpack(quantized.codes, bits, quantized.scale.shape[-2] * group_size)
-    *batch, length, head_dim = fields.shape
-    groups = fields.reshape(*batch, length, head_dim // group_size, group_size)
-    scale, offset = (array.swapaxes(-1, -2)[..., None] for array in affine(quantized, bits))
-    return (groups * scale + offset).reshape(fields.shape)
+    codes = unpack(quantized.codes, bits, quantized.scale.shape[-2] * group_size) + 2 ** (bits - 1)
+    *batch, length, head_dim = codes.shape
+    groups = codes.reshape(*batch, length, head_dim // group_size, group_size)
+    scale, zero = (array.astype(jnp.float32).swapaxes(-1, -2)[..., None] for array in quantized[1:])
+    return (groups * scale + zero).reshape(codes.shape)
 
 
 def affine(quantized: Quantized, bits: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
@@ -125,8 +124,21 @@ def _quantize_groups(
     scale = ((exact.max(axis, keepdims=True) - zero) / largest_code).astype(groups.dtype)
     # A constant group has scale 0; dividing by 1 instead gives code 0, so the value comes back as its zero.
     divisor = jnp.where(scale == 0, 1, scale).astype(jnp.float32)
-    codes = jnp.round(jnp.clip((exact - zero) / divisor, 0, largest_code)).astype(jnp.int32)
+    codes = jnp.clip(_rounded_quotient(exact - zero, divisor), 0, largest_code).astype(jnp.int32)
     return codes, scale, zero.astype(groups.dtype)
+
+
+def _rounded_quotient(numerator: Float[Array, "..."], divisor: Float[Array, "..."]) -> Float[Array, "..."]:
+    """round_half_even(numerator / divisor), also where the device's division is off in the last bit.
+
+    Among 16-bit activations halves are common, and there that bit decides. Halves times a 16-bit divisor are exact.
+    """
+    rounded = jnp.round(numerator / divisor)
+    odd = rounded % 2 == 1
+    above, below = (rounded + 0.5) * divisor, (rounded - 0.5) * divisor
+    too_low = (numerator > above) | (odd & (numerator == above))
+    too_high = (numerator < below) | (odd & (numerator == below))
+    return rounded + too_low - too_high
 
 
 def _check_lengths(bits: int, length: int, group_size: int, unit: str) -> None:

@@ -12,7 +12,6 @@ from the packed blocks for t < L - R and from the ring, where they are exact, af
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -111,7 +110,9 @@ def empty_state(
     """
     if batch < 1 or capacity < 1:
         raise ValueError(f"batch and capacity must be positive, got {batch} and {capacity}")
-    layers = tuple(_empty_layer(batch, num_kv_heads, capacity, head_dim, config, dtype) for _ in range(num_layers))
+    layers = tuple(
+        _empty_layer(batch, num_kv_heads, capacity, head_dim, config, dtype) for _ in range(num_layers)
+    )
     return KVState(jnp.zeros(batch, jnp.int32), layers, config, capacity)
 
 
@@ -161,9 +162,7 @@ def append_token(
 ) -> Layer:
     """The layer with one more token in the `active` rows; `advance` must follow once all layers have it."""
     if isinstance(layer, DenseLayer):
-        return DenseLayer(
-            _set_tokens(layer.k, k, lengths, active), _set_tokens(layer.v, v, lengths, active)
-        )
+        return DenseLayer(_set_tokens(layer.k, k, lengths, active), _set_tokens(layer.v, v, lengths, active))
     slots = lengths % config.residual_length
     return dataclasses.replace(
         layer,
@@ -217,26 +216,25 @@ def _empty_layer(
     # At least one block, so that there is something to slice; a block is quantized in the abstract for its shapes.
     blocks = max(capacity // config.residual_length, 1)
     ring = jax.ShapeDtypeStruct((batch, num_kv_heads, config.residual_length, head_dim), dtype)
-    packed_k = jax.eval_shape(
-        lambda x: quantize_keys(x, config.key_bits, config.group_size), ring
-    )
-    packed_v = jax.eval_shape(
-        lambda x: quantize_values(x, config.value_bits, config.group_size), ring
-    )
+    packed_k = jax.eval_shape(lambda x: quantize_keys(x, config.key_bits, config.group_size), ring)
+    packed_v = jax.eval_shape(lambda x: quantize_values(x, config.value_bits, config.group_size), ring)
     return QuantizedLayer(
         *_zero_blocks(packed_k, KEY_TOKEN_AXES, blocks),
         *_zero_blocks(packed_v, VALUE_TOKEN_AXES, blocks),
-        window_k=jnp.zeros(ring.shape, dtype),
-        window_v=jnp.zeros(ring.shape, dtype),
+        jnp.zeros(ring.shape, dtype),
+        jnp.zeros(ring.shape, dtype),
     )
 
 
-def _zero_blocks(block: Quantized, axes: tuple[int, ...], count: int) -> Iterator[Array]:
+def _zero_blocks(block: Quantized, axes: tuple[int, ...], count: int) -> Quantized:
     """Arrays for `count` blocks like `block`."""
-    for array, axis in zip(block, axes, strict=True):
+
+    def zeros(array: Array, axis: int) -> Array:
         shape = list(array.shape)
         shape[axis] *= count
-        yield jnp.zeros(shape, array.dtype)
+        return jnp.zeros(shape, array.dtype)
+
+    return Quantized(*map(zeros, block, axes))
 
 
 def _write_quantized(
@@ -258,22 +256,23 @@ def _write(buffer: Array, update: Array, row: int | Array, index: int | Array, a
 
 
 def _set_tokens(
-    buffer: Float[Array, "B H S D"], tokens: Float[Array, "B H D"], at: Int[Array, " B"], active: Bool[Array, " B"]
+    buffer: Float[Array, "B H S D"],
+    tokens: Float[Array, "B H D"],
+    at: Int[Array, " B"],
+    active: Bool[Array, " B"],
 ) -> Float[Array, "B H S D"]:
     """Writes one token into place `at` of every active row; a place beyond the end is left out."""
     at = jnp.where(active, at, buffer.shape[2])
     return buffer.at[jnp.arange(at.size), :, at].set(tokens, mode="drop")
 
 
-def _read_blocks(
-    packed: Quantized, axes: tuple[int, ...], index: Int[Array, " B"], count: int
-) -> Quantized:
+def _read_blocks(packed: Quantized, axes: tuple[int, ...], index: Int[Array, " B"], count: int) -> Quantized:
     """Block `index[b]` of each row `b`, where every row has `count` of them."""
 
     def read(array: Array, axis: int) -> Array:
         size = array.shape[axis] // count
-        return jax.vmap(
-            functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=axis)
-        )(array, index * size)
+        return jax.vmap(functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=axis))(
+            array, index * size
+        )
 
     return Quantized(*map(read, packed, axes))

@@ -138,9 +138,7 @@ def _attend_packed(
     return jax.lax.fori_loop(0, -(-packed_lengths.max() // block), attend_block, sums)
 
 
-def _slice(
-    packed: Quantized, axes: tuple[int, ...], start: Array, tokens: int, capacity: int
-) -> Quantized:
+def _slice(packed: Quantized, axes: tuple[int, ...], start: Array, tokens: int, capacity: int) -> Quantized:
     """The `tokens` tokens from `start` on, of `capacity`."""
 
     def read(array: Array, axis: int) -> Array:
@@ -159,7 +157,9 @@ def _key_scores(
     batch, heads, rows, head_dim = queries.shape
     scale, offset = affine(keys, bits)
     groups = scale.shape[2]
-    fields = unpack(keys.codes, bits, head_dim).astype(jnp.float32).reshape(batch, heads, groups, -1, head_dim)
+    fields = (
+        unpack(keys.codes, bits, head_dim).astype(jnp.float32).reshape(batch, heads, groups, -1, head_dim)
+    )
     scaled = queries[:, :, :, None] * scale[:, :, None]
     scores = jnp.einsum("bhrgd,bhgtd->bhrgt", scaled, fields)
     scores = scores + jnp.einsum("bhrd,bhgd->bhrg", queries, offset)[..., None]

@@ -1,0 +1,39 @@
+import pytest
+
+from kivi_jax.kv import PRESETS, KVConfig
+from kivi_jax.kv.config import resolve_kv
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("bf16", 16), ("kivi4", 5), ("kivi-k4v2", 4), ("kivi-k2v4", 4), ("kivi2", 3)]
+)
+def test_presets_count_scale_and_zero(name, bits):
+    assert PRESETS[name].bits_per_value() == bits
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ((3, 2), "2 or 4"),
+        ((16, 2), "2 or 4"),
+        ((2, 2, 0), "group_size must be positive"),
+        ((2, 2, 32, 100), "multiple of group_size 32"),
+        ((2, 2, 32, 0), "multiple of group_size 32"),
+        ((2, 4, 8, 8), "multiple of 16 tokens"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        KVConfig(*fields)
+
+
+def test_unknown_kv_names_the_choices():
+    with pytest.raises(
+        ValueError, match="'bf16', 'kivi4', 'kivi-k4v2', 'kivi-k2v4', 'kivi2' or a KVConfig, got 'kivi3'"
+    ):
+        resolve_kv("kivi3", 64)
+
+
+def test_group_size_must_divide_head_dim():
+    with pytest.raises(ValueError, match="group_size 64 does not divide the model's head_dim 96"):
+        resolve_kv(KVConfig(2, 2, 64), 96)

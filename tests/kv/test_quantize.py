@@ -1,0 +1,130 @@
+"""Group quantization and packing against plain NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kivi_jax.kv import dequantize_keys, dequantize_values, quantize_keys, quantize_values
+from tests.numpy_kivi import fake_quantize
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+
+
+def random(shape, dtype="float32", seed=0):
+    """Channels of very different size, as real keys have."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal(shape) * np.exp(generator.standard_normal(shape[-1]))
+    return jnp.asarray(x, DTYPES[dtype])
+
+
+def direct_codes(x, scale, zero, bits):
+    """The definition, element by element, from the stored scale and zero."""
+    x, scale, zero = (np.asarray(array, np.float32) for array in (x, scale, zero))
+    steps = np.divide(x - zero, scale, out=np.zeros_like(x), where=scale > 0)
+    return np.rint(np.clip(steps, 0, 2**bits - 1)).astype(np.int64)
+
+
+def direct_words(codes, bits):
+    """Packed words of codes [..., T, D], token by token."""
+    per_word = 32 // bits
+    *batch, length, head_dim = codes.shape
+    words = np.zeros((*batch, length // per_word, head_dim), np.uint32)
+    for token in range(length):
+        field = (codes[..., token, :] - 2 ** (bits - 1)) % 2**bits
+        words[..., token // per_word, :] |= (field << (bits * (token % per_word))).astype(np.uint32)
+    return words.view(np.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("head_dim", "group_size"), [(96, 32), (128, 32), (128, 128), (256, 64)])
+def test_keys_in_the_packed_layout(bits, head_dim, group_size, dtype):
+    x = random((2, 3, 2 * 128, head_dim), dtype)
+    codes, scale, zero = quantize_keys(x, bits, group_size)
+    assert codes.shape == (2, 3, 256 * bits // 32, head_dim)
+    assert codes.dtype == jnp.int32
+    assert scale.shape == zero.shape == (2, 3, 256 // group_size, head_dim)
+    assert scale.dtype == zero.dtype == x.dtype
+    groups = np.asarray(x, np.float32).reshape(2, 3, -1, group_size, head_dim)
+    np.testing.assert_array_equal(np.asarray(zero, np.float32), groups.min(-2))
+    spread = np.repeat(scale, group_size, axis=2), np.repeat(zero, group_size, axis=2)
+    np.testing.assert_array_equal(codes, direct_words(direct_codes(x, *spread, bits), bits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("head_dim", "group_size"), [(96, 32), (128, 32), (128, 128), (256, 64)])
+def test_values_in_the_packed_layout(bits, head_dim, group_size, dtype):
+    x = random((2, 3, 64, head_dim), dtype)
+    codes, scale, zero = quantize_values(x, bits, group_size)
+    assert codes.shape == (2, 3, 64 * bits // 32, head_dim)
+    assert scale.shape == zero.shape == (2, 3, head_dim // group_size, 64)
+    groups = np.asarray(x, np.float32).reshape(2, 3, 64, -1, group_size)
+    np.testing.assert_array_equal(np.asarray(zero, np.float32), groups.min(-1).swapaxes(-1, -2))
+    spread = (np.repeat(np.asarray(a).swapaxes(-1, -2), group_size, axis=-1) for a in (scale, zero))
+    np.testing.assert_array_equal(codes, direct_words(direct_codes(x, *spread, bits), bits))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("length", [32, 96, 128])
+def test_round_trip_errs_by_half_a_scale_at_most(bits, head_dim, length):
+    x = random((2, length, head_dim))
+    keys = quantize_keys(x, bits, 32)
+    error = np.abs(dequantize_keys(keys, bits, 32) - x)
+    assert (error <= 0.5001 * np.repeat(keys.scale, 32, axis=-2)).all()
+    values = quantize_values(x, bits, 32)
+    error = np.abs(dequantize_values(values, bits, 32) - x)
+    assert (error <= 0.5001 * np.repeat(np.swapaxes(values.scale, -1, -2), 32, axis=-1)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_decodes_to_what_the_original_decodes_to(bits, head_dim):
+    x = random((2, 128, head_dim))
+    keys = dequantize_keys(quantize_keys(x, bits, 32), bits, 32)
+    np.testing.assert_allclose(keys, fake_quantize(np.asarray(x), bits, 32, axis=1), rtol=1e-5, atol=1e-5)
+    values = dequantize_values(quantize_values(x, bits, 32), bits, 32)
+    np.testing.assert_allclose(values, fake_quantize(np.asarray(x), bits, 32, axis=2), rtol=1e-5, atol=1e-5)
+
+
+def test_head_dim_64_fills_rows_of_128_words():
+    codes, scale, _ = quantize_keys(random((1, 128, 64)), 2, 32)
+    assert codes.shape == (1, 4, 128)
+    assert scale.shape == (1, 4, 64)
+    odd, _, _ = quantize_keys(random((1, 16, 64)), 2, 16)
+    assert odd.shape == (1, 1, 64)
+
+
+@pytest.mark.parametrize("constant", [0.0, -3.25, 1e-30, 6e4])
+def test_constant_group_comes_back_exactly(constant):
+    x = jnp.full((1, 32, 128), constant)
+    for quantized, dequantize in (
+        (quantize_keys(x, 2, 32), dequantize_keys),
+        (quantize_values(x, 2, 32), dequantize_values),
+    ):
+        assert not np.asarray(quantized.scale).any()
+        np.testing.assert_array_equal(dequantize(quantized, 2, 32), x)
+
+
+def test_halves_round_to_even():
+    # zero 0 and scale 1, so a value is its own quotient
+    x = jnp.asarray([0.0, 0.5, 1.5, 2.5, 3.0, 1.0, 2.0, 0.25] * 4).reshape(1, 32, 1)
+    decoded = dequantize_keys(quantize_keys(x, 2, 32), 2, 32)
+    assert decoded[0, :8, 0].tolist() == [0, 0, 2, 2, 3, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("quantize", "shape", "bits", "group_size", "message"),
+    [
+        (quantize_keys, (33, 64), 2, 32, "33 tokens"),
+        (quantize_keys, (8, 64), 2, 8, "whole words"),
+        (quantize_values, (32, 80), 2, 32, "80 channels"),
+        (quantize_values, (24, 64), 2, 32, "whole words"),
+        (quantize_keys, (32, 64), 3, 32, "bits must be 2 or 4"),
+        (quantize_values, (32, 64), 8, 32, "bits must be 2 or 4"),
+    ],
+)
+def test_what_does_not_pack_is_refused(quantize, shape, bits, group_size, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(jnp.zeros(shape), bits, group_size)

@@ -1,0 +1,109 @@
+"""What the state holds after prompts and single tokens, and how many bytes it takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kivi_jax.kv import KVConfig, dequantize_keys, dequantize_values, kv_bytes
+from kivi_jax.kv.config import PRESETS
+from kivi_jax.kv.state import advance, append_token, empty_state, store_prompt
+from tests.numpy_kivi import fake_quantize
+
+HEADS = 2
+
+
+def random_kv(batch, length, head_dim):
+    generator = np.random.default_rng(0)
+    shape = (2, batch, length, HEADS, head_dim)
+    return jnp.asarray(
+        generator.standard_normal(shape) + 3 * generator.standard_normal(head_dim), jnp.float32
+    )
+
+
+def fill(config, k, v, lengths, until):
+    """Prompts of `lengths`, then one token at a time until every row has `until` tokens."""
+    state = empty_state(1, k.shape[0], HEADS, k.shape[1], k.shape[-1], config, k.dtype)
+    layer = store_prompt(
+        state.layers[0], k[:, : max(lengths)], v[:, : max(lengths)], jnp.asarray(lengths), config
+    )
+    state = type(state)(jnp.asarray(lengths), (layer,), config, state.capacity)
+
+    @jax.jit
+    def step(state):
+        active = state.lengths < until
+        rows = jnp.arange(k.shape[0])
+        token = jnp.minimum(state.lengths, k.shape[1] - 1)
+        layer = append_token(state.layers[0], k[rows, token], v[rows, token], state.lengths, active, config)
+        return advance(type(state)(state.lengths, (layer,), config, state.capacity), active)
+
+    for _ in range(until - min(lengths)):
+        state = step(state)
+    return state
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(
+    "config", [KVConfig(2, 2, 32, 32), KVConfig(4, 2, 32, 96), KVConfig(2, 4, 32, 64)], ids=str
+)
+def test_holds_what_the_rules_say_whatever_the_way_in(config, head_dim):
+    residual, until = config.residual_length, 2 * config.residual_length + 7
+    lengths = [1, residual - 1, residual, residual + 1, 2 * residual, until]
+    k, v = random_kv(len(lengths), until, head_dim)
+    state = fill(config, k, v, lengths, until)
+    (layer,) = state.layers
+    assert state.lengths.tolist() == [until] * len(lengths)
+    flushed = until - until % residual
+    k, v = np.asarray(k).swapaxes(1, 2), np.asarray(v).swapaxes(1, 2)
+    expected_k = fake_quantize(k[:, :, :flushed], config.key_bits, config.group_size, axis=2)
+    expected_v = fake_quantize(v[:, :, :flushed], config.value_bits, config.group_size, axis=3)
+    stored_k = dequantize_keys(layer.keys, config.key_bits, config.group_size)[:, :, :flushed]
+    stored_v = dequantize_values(layer.values, config.value_bits, config.group_size)[:, :, :flushed]
+    np.testing.assert_allclose(stored_k, expected_k, atol=1e-5)
+    np.testing.assert_allclose(stored_v, expected_v, atol=1e-5)
+    newest = np.arange(until - residual, until)
+    now_k = np.concatenate([expected_k, k[:, :, flushed:]], axis=2)
+    np.testing.assert_allclose(layer.window_k[:, :, newest % residual], now_k[:, :, newest], atol=1e-5)
+    np.testing.assert_array_equal(layer.window_v[:, :, newest % residual], v[:, :, newest])
+
+
+def test_bytes_of_the_paper_setting():
+    """D = 128, G = 32, R = 128, capacity 4096: 3 of 16 bits packed, and the exact window."""
+    quantized = jax.eval_shape(lambda: empty_state(2, 4, 8, 4096, 128, PRESETS["kivi2"], jnp.bfloat16))
+    exact = jax.eval_shape(lambda: empty_state(2, 4, 8, 4096, 128, PRESETS["bf16"], jnp.bfloat16))
+    dense_bytes = 2 * 2 * 4 * 8 * 4096 * 128 * 2
+    lengths_bytes = 4 * 4
+    assert kv_bytes(exact) == dense_bytes + lengths_bytes
+    packed = sum(
+        array.size * array.dtype.itemsize
+        for layer in quantized.layers
+        for array in (*layer.keys, *layer.values)
+    )
+    assert packed * 16 == dense_bytes * 3
+    window = 2 * 2 * 4 * 8 * 128 * 128 * 2
+    assert kv_bytes(quantized) == packed + window + lengths_bytes
+    assert kv_bytes(quantized) <= 0.22 * kv_bytes(exact)
+
+
+def test_bytes_are_those_of_the_buffers():
+    state = empty_state(1, 2, 2, 100, 64, PRESETS["kivi-k4v2"], jnp.float16)
+    assert kv_bytes(state) == sum(array.nbytes for array in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(("batch", "capacity"), [(0, 10), (1, 0)])
+def test_empty_batch_or_capacity_is_refused(batch, capacity):
+    with pytest.raises(ValueError, match="must be positive"):
+        empty_state(1, batch, 2, capacity, 64, PRESETS["kivi2"], jnp.float32)
+
+
+def test_flush_works_on_the_due_rows_only():
+    """The compiled flush is a loop whose body touches one row; nothing outside it quantizes."""
+    config = KVConfig(2, 2, 32, 32)
+    state = empty_state(1, 8, 2, 64, 64, config, jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda state: advance(state, jnp.ones(8, bool)))(state)
+    loops = [equation for equation in jaxpr.eqns if equation.primitive.name == "while"]
+    assert len(loops) == 1
+    assert not any(equation.primitive.name in ("round", "reduce_max") for equation in jaxpr.eqns)
+    body = str(loops[0].params["body_jaxpr"])
+    assert "f32[1,2,32,64]" in body
+    assert "round" in body

@@ -1,0 +1,62 @@
+"""Prefill attention against a direct softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kivi_jax import attention
+from kivi_jax.attention import prefill_attention
+from tests.numpy_kivi import softmax_attention
+
+
+def random_qkv(length, query_heads, heads, head_dim):
+    generator = np.random.default_rng(0)
+    shapes = [(2, length, query_heads, head_dim)] + 2 * [(2, length, heads, head_dim)]
+    return [jnp.asarray(generator.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def direct(q, k, v):
+    rows = [
+        softmax_attention(*(np.asarray(x[row]).swapaxes(0, 1) for x in (q, k, v)), causal=True).swapaxes(0, 1)
+        for row in range(q.shape[0])
+    ]
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(4, 4, 64), (8, 2, 128), (3, 1, 96)])
+@pytest.mark.parametrize("length", [1, 256, 257, 700])
+def test_xla_equals_direct_softmax(length, query_heads, heads, head_dim):
+    q, k, v = random_qkv(length, query_heads, heads, head_dim)
+    np.testing.assert_allclose(jax.jit(prefill_attention)(q, k, v), direct(q, k, v), atol=2e-6)
+
+
+@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(2, 2, 128), (4, 2, 64)])
+def test_splash_equals_direct_softmax(query_heads, heads, head_dim):
+    q, k, v = random_qkv(256, query_heads, heads, head_dim)
+    out = prefill_attention(q, k, v, implementation="splash", interpret=True)
+    np.testing.assert_allclose(out, direct(q, k, v), atol=1e-5)
+
+
+def test_no_matrix_of_all_scores():
+    """Temporaries of a long prompt stay far below its T x T scores."""
+    length = 8192
+    q, k, v = (jax.ShapeDtypeStruct((1, length, heads, 64), jnp.float32) for heads in (4, 2, 2))
+    memory = jax.jit(prefill_attention).lower(q, k, v).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * (4 * length**2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "length", "head_dim", "expected"),
+    [
+        ("cpu", jnp.bfloat16, 512, 128, "xla"),
+        ("tpu", jnp.bfloat16, 512, 128, "splash"),
+        ("tpu", jnp.bfloat16, 96, 128, "xla"),
+        ("gpu", jnp.bfloat16, 512, 128, "cudnn"),
+        ("gpu", jnp.float32, 512, 128, "xla"),
+        ("gpu", jnp.bfloat16, 512, 256, "xla"),
+    ],
+)
+def test_auto_takes_what_the_device_and_shapes_allow(monkeypatch, backend, dtype, length, head_dim, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert attention._best_implementation(jnp.zeros((1, length, 2, head_dim), dtype)) == expected

@@ -1,0 +1,112 @@
+"""The loops against the original's rules, and rows against themselves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kivi_jax
+import memory_report
+from kivi_jax import KVConfig
+from tests.checkpoints import TINY, random_tensors, write_checkpoint
+from tests.numpy_kivi import NumpyLlama
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return kivi_jax.load(write_checkpoint(tmp_path_factory.mktemp("tiny")), dtype="float32")
+
+
+def ragged_prompts(lengths):
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(0, TINY["vocab_size"], (len(lengths), max(lengths))).astype(np.int32)
+    return tokens, np.asarray(lengths, np.int32)
+
+
+def decode(params, kv, tokens, lengths, following, capacity):
+    """Logits of the prefill and of one step per column of `following`, and the final state."""
+    state = kivi_jax.init_state(params, len(lengths), capacity, kv)
+    logits, state = kivi_jax.prefill(params, jnp.asarray(tokens), jnp.asarray(lengths), state)
+    all_logits = [logits]
+    for column in following.T:
+        logits, state = kivi_jax.decode_step(params, jnp.asarray(column), state)
+        all_logits.append(logits)
+    return np.stack(all_logits, axis=1), state
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        KVConfig(2, 2, group_size=32, residual_length=32),
+        KVConfig(4, 2, group_size=16, residual_length=32),
+        KVConfig(2, 4, group_size=8, residual_length=16),
+    ],
+    ids=str,
+)
+def test_replays_the_original_rules(tmp_path, config):
+    """Every prompt length from 1 to 2R + 3, one a row, then steps through two flushes and more."""
+    tensors = random_tensors(TINY)
+    params = kivi_jax.load(write_checkpoint(tmp_path, tensors), dtype="float32")
+    residual = config.residual_length
+    tokens, lengths = ragged_prompts(range(1, 2 * residual + 4))
+    steps = 2 * residual + 5
+    following = np.random.default_rng(2).integers(0, TINY["vocab_size"], (len(lengths), steps), np.int32)
+    logits, _ = decode(params, config, tokens, lengths, following, capacity=int(lengths.max()) + steps)
+    kivi = (config.key_bits, config.value_bits, config.group_size, residual)
+    for row, length in enumerate(lengths):
+        original = NumpyLlama(tensors, TINY, *kivi)
+        expected = [original.run(tokens[row, :length])]
+        expected += [original.run(following[row, i : i + 1]) for i in range(steps)]
+        np.testing.assert_allclose(logits[row], np.stack(expected), atol=2e-4, err_msg=f"prompt of {length}")
+
+
+@pytest.mark.parametrize("kv", ["bf16", "kivi4", "kivi2", KVConfig(2, 2, 32, 32)], ids=str)
+def test_row_does_not_depend_on_its_neighbours(tiny, kv):
+    tokens, lengths = ragged_prompts([1, 31, 32, 33, 127, 128, 129, 300])
+    following = np.random.default_rng(3).integers(0, TINY["vocab_size"], (len(lengths), 40), np.int32)
+    together, _ = decode(tiny, kv, tokens, lengths, following, capacity=384)
+    for row in range(len(lengths)):
+        alone, _ = decode(
+            tiny, kv, tokens[row : row + 1], lengths[row : row + 1], following[row : row + 1], 384
+        )
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
+
+
+def test_padding_and_capacity_change_nothing(tiny):
+    tokens, lengths = ragged_prompts([5, 40])
+    following = np.random.default_rng(3).integers(0, TINY["vocab_size"], (2, 40), np.int32)
+    config = KVConfig(2, 2, 32, 32)
+    tight, _ = decode(tiny, config, tokens, lengths, following, capacity=80)
+    wide_tokens = np.pad(tokens, ((0, 0), (0, 60)), constant_values=7)
+    wide, _ = decode(tiny, config, wide_tokens, lengths, following, capacity=1000)
+    np.testing.assert_allclose(tight, wide, atol=1e-5)
+
+
+def test_inactive_rows_stay_as_they_are(tiny):
+    tokens, lengths = ragged_prompts([40, 31])
+    state = kivi_jax.init_state(tiny, 2, 64, KVConfig(2, 2, 32, 32))
+    _, before = kivi_jax.prefill(tiny, jnp.asarray(tokens), jnp.asarray(lengths), state)
+    _, after = kivi_jax.decode_step(tiny, jnp.asarray([1, 2]), before, jnp.asarray([True, False]))
+    assert after.lengths.tolist() == [41, 31]
+    for old, new in zip(jax.tree.leaves(before.layers), jax.tree.leaves(after.layers), strict=True):
+        np.testing.assert_array_equal(old[1], new[1])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [((2, 65), (2,), "65 prompt tokens exceed"), ((3, 8), (3,), "batch")],
+)
+def test_shapes_that_do_not_fit_are_refused(tiny, tokens, lengths, message):
+    state = kivi_jax.init_state(tiny, 2, 64, "kivi2")
+    with pytest.raises(ValueError, match=message):
+        kivi_jax.prefill(tiny, jnp.zeros(tokens, jnp.int32), jnp.ones(lengths, jnp.int32), state)
+
+
+@pytest.mark.parametrize("kv", ["kivi2", "bf16"])
+def test_decode_loop_updates_the_state_in_place(kv):
+    """Llama 3.2 1B in shape: temporaries are a small part of the state, and all of the state is aliased."""
+    memory = memory_report.decode_loop_memory(
+        memory_report.LLAMA_1B, kv, batch=16, capacity=4096, dtype="float32"
+    )
+    assert memory.aliased >= memory.state
+    assert memory.temporaries < 0.05 * memory.state
