@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,6 @@ class Completion:
     finish_reason: Literal["stop", "length"] | None
 
 
-@overload
-def generate(params: Params, prompts: str, kv: str | KVConfig = ..., **options: Any) -> Completion: ...
-@overload
 def generate(
     params: Params, prompts: Sequence[str] | Sequence[Sequence[int]], kv: str | KVConfig = ..., **options: Any
 ) -> list[Completion]: ...
@@ -103,7 +100,7 @@ def stream(
     stop: str | Sequence[str] | None = None,
     chunk: int | None = STREAM_TOKENS,
 ) -> Iterator[list[Completion]]:
-    """Generates like `generate`, whose arguments it takes, and yields all completions so far after every `chunk` tokens.
+    """Generates like `generate`, with its arguments, and yields all completions so far after every `chunk` tokens.
 
     With a `chunk` of None only the end result comes.
 
