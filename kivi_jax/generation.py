@@ -36,9 +36,6 @@ class Completion:
 
 
 def generate(
-    params: Params, prompts: Sequence[str] | Sequence[Sequence[int]], kv: str | KVConfig = ..., **options: Any
-) -> list[Completion]: ...
-def generate(
     params: Params,
     prompts: Prompts,
     kv: str | KVConfig = "kivi2",
