@@ -90,6 +90,11 @@ class LlamaConfig:
             raise ValueError(
                 f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
             )
+        head_dim = fields.get("head_dim") or fields["hidden_size"] / num_heads
+        if head_dim % 2:
+            raise ValueError(
+                f"config.json: head_dim must be an even whole number for rotary positions, got {head_dim}"
+            )
         theta, scaling = read_rope(fields)
         return cls(
             vocab_size=fields["vocab_size"],
@@ -98,11 +103,11 @@ class LlamaConfig:
             num_layers=fields["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=fields.get("head_dim") or fields["hidden_size"] // num_heads,
+            head_dim=int(head_dim),
             max_positions=fields["max_position_embeddings"],
             rope_theta=theta,
             rope_scaling=scaling,
-            rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=fields.get("rms_norm_eps") or 1e-6,
             attention_bias=fields.get("attention_bias", False),
             mlp_bias=fields.get("mlp_bias", False),
             tied_head=fields.get("tie_word_embeddings", False),
@@ -121,26 +126,36 @@ def _is_size(value: Any) -> bool:
     return value is None or (isinstance(value, int) and value > 0)
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
 def read_rope(fields: Mapping[str, Any]) -> tuple[float, Llama3Rope | LinearRope | None]:
     """RoPE base and rescaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
     Raises:
         ValueError: a rope type other than default, linear or llama3, or one that lacks its fields.
     """
-    rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta", fields.get("rope_theta", 10000.0)))
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(value := fields.get(name) or {}, Mapping):
+            raise ValueError(f"config.json: {name} must be an object, got {value!r}")
+        rope |= value
+    theta = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return theta, None
+        return float(theta), None
     scalings = {"linear": LinearRope, "llama3": Llama3Rope}
     if kind not in scalings:
         raise ValueError(
             f"config.json: rope type {kind!r} is not supported, only default, {', '.join(scalings)}"
         )
     names = [field.name for field in dataclasses.fields(scalings[kind])]
-    if missing := [name for name in names if name not in rope]:
+    if missing := [name for name in names if rope.get(name) is None]:
         raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
-    return theta, scalings[kind](**{name: rope[name] for name in names})
+    if wrong := {name: rope[name] for name in names if not _is_positive(rope[name])}:
+        raise ValueError(f"config.json: rope type {kind!r} needs positive numbers, got {wrong}")
+    return float(theta), scalings[kind](**{name: rope[name] for name in names})
 
 
 class LlamaLayer(nnx.Module):

@@ -163,6 +163,10 @@ def test_damage_is_one_clear_error(tmp_path, damage, message):
         ({"hidden_size": "48"}, "positive whole numbers, got {'hidden_size': '48'}"),
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "needs positive numbers, got {'factor': 0}"),
+        ({"rope_parameters": "none"}, "rope_parameters must be an object"),
+        ({"head_dim": 33}, "even whole number"),
+        ({"head_dim": None, "hidden_size": 50}, "even whole number"),
         ({"num_key_value_heads": 3}, "not a multiple"),
     ],
 )

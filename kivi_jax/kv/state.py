@@ -229,7 +229,7 @@ def _empty_layer(
 def _zero_blocks(block: Quantized, axes: tuple[int, ...], count: int) -> Quantized:
     """Arrays for `count` blocks like `block`."""
 
-    def zeros(array: Array, axis: int) -> Array:
+    def zeros(array: Array | jax.ShapeDtypeStruct, axis: int) -> Array:
         shape = list(array.shape)
         shape[axis] *= count
         return jnp.zeros(shape, array.dtype)
