@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -227,10 +228,19 @@ def encode(params: Params, prompts: Sequence[str | Sequence[int]]) -> list[list[
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(folder: str) -> Any:
-    """The Hugging Face tokenizer in `folder`; no code from the folder is run."""
+    """The Hugging Face tokenizer in `folder`; no code from the folder is run.
+
+    Raises:
+        ValueError: its files are damaged or of an unknown kind.
+    """
+    # transformers warns that it has no PyTorch, which nobody here wants it to have.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # seconds to import, and token-id prompts don't need it
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever the tokenizer's files make its parsers raise
+        raise ValueError(f"{folder}: the tokenizer can't be loaded: {error}") from error
 
 
 def _bucket(size: int, least: int = 1) -> int:

@@ -150,6 +150,14 @@ def test_empty_text_is_refused(lettered):
         kivi_jax.generate(lettered, "")
 
 
+def test_damaged_tokenizer_is_one_clear_error(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": ')
+    params = kivi_jax.load(folder, dtype="float32")
+    with pytest.raises(ValueError, match="the tokenizer can't be loaded"):
+        kivi_jax.generate(params, "text")
+
+
 def test_new_lengths_rarely_compile(tiny):
     kivi_jax.generate(tiny, [[1] * 100], max_new_tokens=20)
     compiled = start_decoding._cache_size(), continue_decoding._cache_size()
