@@ -1,9 +1,13 @@
 """The `kivi-jax` command."""
 
 import sys
+from collections.abc import Iterator
 from typing import Annotated, NoReturn
 
 import typer
+from tqdm import tqdm
+
+import kivi_jax
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -33,10 +37,6 @@ def generate(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
     """Completes prompts. One prompt streams its text as it comes; of several, each is printed when all are done."""
-    from tqdm import tqdm  # imported here, as JAX is below, so that --help is quick
-
-    import kivi_jax
-
     try:
         params = kivi_jax.load(model, dtype=dtype)
         steps = kivi_jax.stream(
@@ -65,7 +65,7 @@ def generate(
         print(f"{text}{completion.text}\n")
 
 
-def print_stream(prompt: str, steps) -> None:  # type: ignore[no-untyped-def]
+def print_stream(prompt: str, steps: Iterator[list[kivi_jax.Completion]]) -> None:
     """Prints what each step adds to the text."""
     print(prompt, end="", flush=True)
     printed = 0
