@@ -1,5 +1,6 @@
 """Text in, text out."""
 
+import bisect
 import dataclasses
 import functools
 import os
@@ -27,7 +28,7 @@ class Completion:
 
     Attributes:
         text: the decoded tokens; None if the checkpoint has no tokenizer.
-        tokens: generated ids, without the end token.
+        tokens: generated ids, without the end token; after a stop string, those up to its last one.
         finish_reason: "stop" after an end token or a stop string, "length" at `max_new_tokens`; None while unfinished.
     """
 
@@ -194,12 +195,30 @@ def _completion(params: Params, tokens: list[int], max_new_tokens: int, stops: t
         tokens, finish_reason = tokens[: ends[0]], "stop"
     if params.tokenizer is None:
         return Completion(None, tokens, finish_reason)
-    tokenizer = load_tokenizer(params.tokenizer)
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    if found:
-        text, finish_reason = text[: min(found)], "stop"
+    decode = functools.partial(load_tokenizer(params.tokenizer).decode, skip_special_tokens=True)
+    text = decode(tokens)
+    if _first_stop(text, stops) is not None:
+        # The first tokens that complete a stop string decide, whatever was generated since.
+        needed = bisect.bisect_left(
+            range(len(tokens)), True, key=lambda count: _first_stop(decode(tokens[:count]), stops) is not None
+        )
+        tokens, finish_reason = tokens[:needed], "stop"
+        text = decode(tokens)
+        text = text[: _first_stop(text, stops)]
+    elif finish_reason is None:
+        text = text[: len(text) - _begun_stop(text, stops)]
     return Completion(text, tokens, finish_reason)
+
+
+def _first_stop(text: str, stops: tuple[str, ...]) -> int | None:
+    """Where the first of the stop strings in `text` begins."""
+    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
+
+
+def _begun_stop(text: str, stops: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that a stop string begins with: it may be about to come."""
+    lengths = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+    return max(lengths, default=0)
 
 
 def encode(params: Params, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:

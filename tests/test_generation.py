@@ -114,6 +114,24 @@ def test_stop_strings_end_before_themselves(lettered):
     for before, after in zip(whole, stopped, strict=True):
         assert after.text == before.text.split(stop)[0]
         assert after.finish_reason == ("stop" if stop in before.text else "length")
+        assert after.tokens == before.tokens[: len(after.tokens)]
+        decoded = " ".join(f"w{token}" for token in after.tokens)
+        assert (stop in decoded) == (stop in before.text)
+        assert stop not in decoded.rpartition(" ")[0]
+
+
+def test_stream_never_shows_what_a_stop_string_takes_back(lettered):
+    whole = kivi_jax.generate(lettered, ["w1"], max_new_tokens=30)[0].text
+    words = whole.split()
+    stop = " ".join(words[10:15])
+    assert whole.count(stop) == 1
+    expected = whole.split(stop)[0]
+    shown = [
+        step[0].text for step in kivi_jax.stream(lettered, ["w1"], max_new_tokens=30, stop=stop, chunk=1)
+    ]
+    assert shown[-1] == expected
+    assert all(expected.startswith(text) for text in shown)
+    assert len(shown) < 20
 
 
 def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
