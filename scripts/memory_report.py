@@ -1,9 +1,11 @@
 """Compiled memory of the decode loop of a Llama-shaped model: no weights needed, and the same figures every time.
 
-    python scripts/memory_report.py --kv kivi2 --batch 4 --capacity 4096
+    python scripts/memory_report.py --batch 16
+    python scripts/memory_report.py --model llama-2-7b --dtype bfloat16 --batch 16 --topology v5p:2x2x1
 
-The default shape is that of Llama 3.2 1B. Prints the bytes of weights, KV state and temporaries of the compiled loop
-and how much of its arguments is updated in place.
+Prints the bytes of weights, KV state and temporaries of the compiled loop, and how much of its arguments it updates in
+place. With `--topology` it compiles for one chip of a TPU that need not be there: install libtpu and set
+JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5p-8 TPU_WORKER_HOSTNAMES=localhost.
 """
 
 import dataclasses
@@ -12,6 +14,8 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import typer
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 import kivi_jax
 from kivi_jax.decoding import Decoding, continue_decoding
@@ -19,19 +23,41 @@ from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import abstract_model
 from kivi_jax.sampling import Greedy
 
-LLAMA_1B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_layers=16,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-    max_positions=131072,
-    rope_theta=500000.0,
-    rms_norm_eps=1e-5,
-    tied_head=True,
-)
+MODELS = {
+    "llama-3.2-1b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        max_positions=131072,
+        rope_theta=500000.0,
+        tied_head=True,
+    ),
+    "llama-2-7b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_positions=4096,
+    ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_positions=8192,
+        rope_theta=500000.0,
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +71,20 @@ class LoopMemory:
 
 
 def decode_loop_memory(
-    config: LlamaConfig, kv: str, batch: int, capacity: int, dtype: str = "bfloat16"
+    config: LlamaConfig, kv: str, batch: int, capacity: int, dtype: str, topology: str | None = None
 ) -> LoopMemory:
-    """Compiles the decode loop for these shapes and asks XLA for its memory."""
-    _, shapes = abstract_model("llama", config, jnp.dtype(dtype))
-    weights = jax.tree.map(abstract, shapes)
-    params = kivi_jax.Params(weights, "llama", config)
+    """Compiles the decode loop for these shapes and asks XLA for its memory.
+
+    Args:
+        config: the model's shape.
+        kv: storage of the KV state.
+        batch: rows.
+        capacity: tokens a row can hold.
+        dtype: of weights and activations.
+        topology: a TPU topology, such as "v5e:2x2", to compile for one chip of; None for the devices that are there.
+    """
+    _, weights = abstract_model("llama", config, jnp.dtype(dtype))
+    params = kivi_jax.Params(jax.tree.map(abstract, weights), "llama", config)
     state = jax.eval_shape(lambda: kivi_jax.init_state(params, batch, capacity, kv))
     decoding = Decoding(
         state=state,
@@ -61,8 +95,14 @@ def decode_loop_memory(
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
     )
     end_tokens, until = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = continue_decoding.lower(params, decoding, end_tokens, Greedy(), until).compile()
-    memory = compiled.memory_analysis()
+    arguments = (params, decoding, end_tokens, Greedy(), until)
+    if topology is None:
+        lowered = continue_decoding.lower(*arguments)
+    else:
+        (chip, *_) = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        arguments = jax.tree.map(lambda leaf: abstract(leaf, SingleDeviceSharding(chip)), arguments)
+        lowered = continue_decoding.trace(*arguments).lower(lowering_platforms=("tpu",))
+    memory = lowered.compile().memory_analysis()
     return LoopMemory(
         weights=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)),
         state=kivi_jax.kv_bytes(state),
@@ -71,17 +111,21 @@ def decode_loop_memory(
     )
 
 
-def abstract(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+def abstract(
+    leaf: jax.ShapeDtypeStruct, sharding: SingleDeviceSharding | None = None
+) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def main(
+    model: Annotated[str, typer.Option(help=f"shape: {', '.join(MODELS)}")] = "llama-3.2-1b",
     kv: Annotated[str, typer.Option(help="storage of the KV state")] = "kivi2",
     batch: Annotated[int, typer.Option(help="rows")] = 4,
     capacity: Annotated[int, typer.Option(help="tokens a row can hold")] = 4096,
     dtype: Annotated[str, typer.Option(help="of weights and activations")] = "float32",
+    topology: Annotated[str | None, typer.Option(help="TPU to compile for, such as v5e:2x2")] = None,
 ) -> None:
-    memory = decode_loop_memory(LLAMA_1B, kv, batch, capacity, dtype)
+    memory = decode_loop_memory(MODELS[model], kv, batch, capacity, dtype, topology)
     print(f"weights     {memory.weights / 2**20:10.1f} MiB")
     print(f"KV state    {memory.state / 2**20:10.1f} MiB")
     print(f"in place    {memory.aliased / 2**20:10.1f} MiB")

@@ -105,8 +105,7 @@ def test_shapes_that_do_not_fit_are_refused(tiny, tokens, lengths, message):
 @pytest.mark.parametrize("kv", ["kivi2", "bf16"])
 def test_decode_loop_updates_the_state_in_place(kv):
     """Llama 3.2 1B in shape: temporaries are a small part of the state, and all of the state is aliased."""
-    memory = memory_report.decode_loop_memory(
-        memory_report.LLAMA_1B, kv, batch=16, capacity=4096, dtype="float32"
-    )
+    shape = memory_report.MODELS["llama-3.2-1b"]
+    memory = memory_report.decode_loop_memory(shape, kv, batch=16, capacity=4096, dtype="float32")
     assert memory.aliased >= memory.state
     assert memory.temporaries < 0.05 * memory.state

@@ -166,8 +166,8 @@ def append_token(
     slots = lengths % config.residual_length
     return dataclasses.replace(
         layer,
-        window_k=_set_tokens(layer.window_k, k, slots, active),
-        window_v=_set_tokens(layer.window_v, v, slots, active),
+        window_k=_set_ring_tokens(layer.window_k, k, slots, active),
+        window_v=_set_ring_tokens(layer.window_v, v, slots, active),
     )
 
 
@@ -264,6 +264,30 @@ def _set_tokens(
     """Writes one token into place `at` of every active row; a place beyond the end is left out."""
     at = jnp.where(active, at, buffer.shape[2])
     return buffer.at[jnp.arange(at.size), :, at].set(tokens, mode="drop")
+
+
+def _set_ring_tokens(
+    ring: Float[Array, "B H R D"],
+    tokens: Float[Array, "B H D"],
+    slots: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> Float[Array, "B H R D"]:
+    """`_set_tokens` of a ring. A TPU scatter wants a layout of its own, for which XLA copies the ring there and back
+    in every step; passing over the ring once costs less.
+    """
+    return jax.lax.platform_dependent(
+        ring, tokens, slots, active, tpu=_select_ring_tokens, default=_set_tokens
+    )
+
+
+def _select_ring_tokens(
+    ring: Float[Array, "B H R D"],
+    tokens: Float[Array, "B H D"],
+    slots: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> Float[Array, "B H R D"]:
+    written = active[:, None] & (jnp.arange(ring.shape[2]) == slots[:, None])
+    return jnp.where(written[:, None, :, None], tokens[:, :, None], ring)
 
 
 def _read_blocks(packed: Quantized, axes: tuple[int, ...], index: Int[Array, " B"], count: int) -> Quantized:

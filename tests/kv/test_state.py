@@ -7,7 +7,14 @@ import pytest
 
 from kivi_jax.kv import KVConfig, dequantize_keys, dequantize_values, kv_bytes
 from kivi_jax.kv.config import PRESETS
-from kivi_jax.kv.state import advance, append_token, empty_state, store_prompt
+from kivi_jax.kv.state import (
+    _select_ring_tokens,
+    _set_tokens,
+    advance,
+    append_token,
+    empty_state,
+    store_prompt,
+)
 from tests.numpy_kivi import fake_quantize
 
 HEADS = 2
@@ -94,6 +101,14 @@ def test_bytes_are_those_of_the_buffers():
 def test_empty_batch_or_capacity_is_refused(batch, capacity):
     with pytest.raises(ValueError, match="must be positive"):
         empty_state(1, batch, 2, capacity, 64, PRESETS["kivi2"], jnp.float32)
+
+
+def test_ways_to_write_into_a_ring_agree():
+    ring, tokens = jnp.zeros((4, 2, 32, 8)), jnp.arange(64.0).reshape(4, 2, 8) + 1
+    slots, active = jnp.asarray([0, 31, 7, 7]), jnp.asarray([True, True, False, True])
+    selected = _select_ring_tokens(ring, tokens, slots, active)
+    np.testing.assert_array_equal(selected, _set_tokens(ring, tokens, slots, active))
+    assert int((selected != 0).sum()) == 3 * 2 * 8
 
 
 def test_flush_works_on_the_due_rows_only():
