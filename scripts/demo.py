@@ -6,6 +6,7 @@ Prints the texts, the generated tokens per second and the bytes of both KV state
 every run is made twice. On a model this small they are those of everything around the cache; the bytes are the point.
 """
 
+import functools
 import inspect
 import textwrap
 import time
@@ -19,9 +20,9 @@ from kivi_jax.generation import PromptBatch, encode
 
 PASS_KEY = "48213"
 PROMPTS = (
-    "def read_file(path):\n",
-    "Return the number of",
-    "class Queue:\n",
+    "Return True if the",
+    'def is_open(self):\n        """Return',
+    'class Queue:\n    """',
     # A key, then far more text than the exact window holds, then the question.
     f"The pass key is {PASS_KEY}. Remember it.\n{inspect.getsource(textwrap)[:2500]}\n"
     "What is the pass key? The pass key is",
@@ -31,15 +32,21 @@ PROMPTS = (
 def main(
     model: Annotated[str, typer.Option(help="folder, 'org/name' on the Hub or 'demo'")] = "demo",
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate for each prompt")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy, with which so small a model repeats itself")
+    ] = 0.6,
 ) -> None:
     params = kivi_jax.load(model)
     batch = PromptBatch.pad(encode(params, PROMPTS), max_new_tokens)
     texts, summary = [], []
     for kv in ("bf16", "kivi2"):
         print(f"generating with kv={kv!r} …", flush=True)
-        completions = kivi_jax.generate(params, PROMPTS, kv, max_new_tokens=max_new_tokens)
+        run = functools.partial(
+            kivi_jax.generate, params, PROMPTS, kv, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+        completions = run()
         start = time.perf_counter()
-        kivi_jax.generate(params, PROMPTS, kv, max_new_tokens=max_new_tokens)
+        run()
         seconds = time.perf_counter() - start
         state = jax.eval_shape(
             lambda kv=kv: kivi_jax.init_state(params, len(batch.lengths), batch.capacity, kv)

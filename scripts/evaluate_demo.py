@@ -10,6 +10,7 @@ nothing here is measured by it.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ import kivi_jax
 from demo_data import Corpus, load_documents, passkey_prompt
 
 BASELINE = "bf16"
+PROMPT_TOKENS = 64  # of a window of text, prefilled; the rest is decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,30 +92,42 @@ def held_out_rows(corpus: Corpus, rows: int, length: int) -> Int[np.ndarray, "B 
     return np.stack([np.append(np.int32(corpus.bos), window) for window in windows])
 
 
+def evaluation_table(
+    params: kivi_jax.Params, corpus: Corpus, prompts: int, contexts: Sequence[int], rows: int, length: int
+) -> str:
+    """A Markdown table with a row for every kv choice."""
+    text = held_out_rows(corpus, rows, length)
+    columns = [f"pass key at {context:,}" for context in contexts]
+    lines = [
+        f"| kv | {' | '.join(columns)} | loss | KL from {BASELINE} | same token |",
+        f"| :-- |{' ---: |' * (len(columns) + 3)}",
+    ]
+    for kv in tqdm([BASELINE, "kivi4", "kivi-k4v2", "kivi2"], desc="evaluating", leave=False, disable=None):
+        found = [f"{passkey_accuracy(params, corpus, context, prompts, kv):.0%}" for context in contexts]
+        quality = text_quality(params, text, PROMPT_TOKENS, kv)
+        numbers = f"{quality.loss:.3f} | {quality.divergence:.4f} | {quality.agreement:.1%}"
+        lines.append(f"| {kv} | {' | '.join(found)} | {numbers} |")
+    return "\n".join(lines)
+
+
 def main(
     model: Annotated[
         str, typer.Option(help="'demo' or a folder that scripts/train_demo.py exported")
     ] = "demo",
     dtype: Annotated[str, typer.Option(help="of weights and activations")] = "bfloat16",
     prompts: Annotated[int, typer.Option(help="pass key prompts for each length")] = 100,
-    contexts: Annotated[list[int], typer.Option(help="tokens of a pass key prompt")] = [512, 1500],  # noqa: B006
+    contexts: Annotated[
+        list[int] | None, typer.Option(help="tokens of a pass key prompt; 512 and 1500")
+    ] = None,
     rows: Annotated[int, typer.Option(help="windows of held-out text")] = 8,
-    length: Annotated[int, typer.Option(help="tokens of a window; the first 64 are its prompt")] = 1024,
+    length: Annotated[int, typer.Option(help=f"tokens of a window; {PROMPT_TOKENS} are its prompt")] = 1024,
 ) -> None:
     params = kivi_jax.load(model, dtype=dtype)
     if params.tokenizer is None:
         raise SystemExit(f"{model} has no tokenizer")
     tokenizer = Tokenizer.from_file(str(Path(params.tokenizer) / "tokenizer.json"))
     corpus = Corpus.build(tokenizer, load_documents())
-    text = held_out_rows(corpus, rows, length)
-    columns = [f"pass key at {context:,}" for context in contexts]
-    print(f"| kv | {' | '.join(columns)} | loss | KL from {BASELINE} | same token |")
-    print(f"| :-- |{' ---: |' * (len(columns) + 3)}")
-    for kv in tqdm([BASELINE, "kivi4", "kivi-k4v2", "kivi2"], leave=False, disable=None):
-        found = [f"{passkey_accuracy(params, corpus, context, prompts, kv):.0%}" for context in contexts]
-        quality = text_quality(params, text, 64, kv)
-        numbers = f"{quality.loss:.3f} | {quality.divergence:.4f} | {quality.agreement:.1%}"
-        tqdm.write(f"| {kv} | {' | '.join(found)} | {numbers} |")
+    print(evaluation_table(params, corpus, prompts, contexts or [512, 1500], rows, length))
 
 
 if __name__ == "__main__":

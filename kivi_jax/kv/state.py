@@ -89,7 +89,7 @@ class KVState:
     capacity: int
 
 
-def kv_bytes(state: KVState) -> int:
+def kv_bytes(state: KVState | Layer) -> int:
     """Bytes of every array of `state`: codes, scales, zeros, windows and lengths. Also takes abstract arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
