@@ -84,15 +84,15 @@ def decode_step(
     def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
         q, k, v = q[:, 0], k[:, 0], v[:, 0]
         out = decode_attention(q, k, v, layer, attended_lengths, state.config)
-        return out[:, None], append_token(layer, k, v, state.lengths, once(active, out), state.config)
+        return out[:, None], append_token(layer, k, v, state.lengths, after(active, out), state.config)
 
     model = params.model()
     hidden, layers = model(tokens[:, None], state.lengths[:, None], state.layers, attend)
-    state = advance(dataclasses.replace(state, layers=layers), once(active, hidden))
+    state = advance(dataclasses.replace(state, layers=layers), after(active, hidden))
     return model.logits(hidden[:, 0]), state
 
 
-def once(mask: Bool[Array, " B"], computed: Float[Array, "B ..."]) -> Bool[Array, " B"]:
+def after(mask: Bool[Array, " B"], computed: Float[Array, "B ..."]) -> Bool[Array, " B"]:
     """`mask`, but known only once `computed` is: XLA updates an array in place only after reads that the update
     depends on, and copies it for the others.
 

@@ -233,6 +233,10 @@ def encode(params: Params, prompts: Sequence[str | Sequence[int]]) -> list[list[
             if params.tokenizer is None:
                 raise ValueError("this checkpoint has no tokenizer; pass prompts as lists of token ids")
             ids = load_tokenizer(params.tokenizer).encode(prompt) if prompt else []
+        elif isinstance(prompt, int):
+            raise ValueError(
+                "prompts must be texts or lists of token ids; wrap a single list of ids in another list"
+            )
         else:
             ids = [int(token) for token in prompt]
         if not ids:

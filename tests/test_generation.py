@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
@@ -146,11 +147,13 @@ def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
     ("prompts", "options", "message"),
     [
         ([[1]], {"kv": "kivi3"}, "kv must be one of"),
+        ([[1]], {"kv": 2}, "kv must be one of"),
         ([[1]], {"kv": KVConfig(2, 2, 64, 64)}, "does not divide the model's head_dim 32"),
         ([[1], []], {}, "prompt 1 is empty"),
         (["text"], {}, "no tokenizer"),
         ([[1, 101]], {}, "token 101, outside the vocabulary of 101"),
         ([[-1]], {}, "token -1, outside"),
+        ([1, 2, 3], {}, "wrap a single list"),
         ([[1] * 2000], {"max_new_tokens": 49}, "exceed the model's 2048 positions"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1]], {"temperature": -0.5}, "temperature"),
@@ -158,7 +161,8 @@ def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
         ([[1]], {"stop": [""]}, "stop strings must not be empty"),
     ],
 )
-def test_bad_input_is_one_clear_error(tiny, prompts, options, message):
+def test_bad_input_is_one_clear_error(tiny, prompts, options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
     with pytest.raises(ValueError, match=message):
         kivi_jax.generate(tiny, prompts, **options)
 
