@@ -2,10 +2,11 @@
 
 from kivi_jax import kv
 from kivi_jax.decoding import decode_step, init_state, prefill
-from kivi_jax.generation import Completion, generate, stream
+from kivi_jax.generation import generate, stream
 from kivi_jax.kv import KVConfig, KVState, kv_bytes
 from kivi_jax.loading import CheckpointError, load
 from kivi_jax.models.registry import Params
+from kivi_jax.text import Completion
 
 __all__ = [
     "CheckpointError",

@@ -55,6 +55,9 @@ def _best_implementation(q: Array) -> PrefillImplementation:
 def _chunked_attention(
     q: Float[Array, "B T Hq D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"]
 ) -> Float[Array, "B T Hq D"]:
+    if q.dtype == jnp.float16:  # CPUs and TPUs have no float16 products with float32 sums
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        return _chunked_attention(*wide).astype(q.dtype)
     batch, length, heads, head_dim = q.shape
     if length <= QUERY_CHUNK:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated, NoReturn
 
+import jax
 import typer
 from tqdm import tqdm
 
@@ -59,7 +60,9 @@ def generate(
         ) as progress:
             for completions in steps:
                 progress.update(sum(len(completion.tokens) for completion in completions) - progress.n)
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:  # whoever read along has had enough
+        raise SystemExit(1) from None
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:  # the last: out of memory
         fail(str(error))
     for text, completion in zip(prompt, completions, strict=True):
         print(f"{text}{completion.text}\n")
@@ -70,10 +73,9 @@ def print_stream(prompt: str, steps: Iterator[list[kivi_jax.Completion]]) -> Non
     print(prompt, end="", flush=True)
     printed = 0
     for (completion,) in steps:
-        if completion.text is None:
-            raise ValueError("this checkpoint has no tokenizer")
+        text = completion.text or ""
         # Half a character decodes to U+FFFD until its last byte is there.
-        whole = completion.text if completion.finish_reason else completion.text.rstrip("\ufffd")
+        whole = text if completion.finish_reason else text.rstrip("\ufffd")
         print(whole[printed:], end="", flush=True)
         printed = max(printed, len(whole))
     print()

@@ -73,10 +73,24 @@ def decode_step(
     state: KVState,
     active: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B vocab"], KVState]:
-    """Appends one token to every row, or to the `active` ones, and returns the float32 logits after it.
+    """Appends one token to every row, or to the `active` ones.
 
-    Inside your own `jax.jit`, donate the state so that it is updated in place. Logits of inactive rows mean nothing.
+    Args:
+        params: the model.
+        tokens: the new token of each row.
+        state: a state for B rows; in your own `jax.jit`, donate it so that it is updated in place.
+        active: rows to append to; all by default. A row whose activations are not numbers is not appended to either.
+
+    Returns:
+        The float32 logits after the new token, which mean nothing for inactive rows and for rows beyond the state's
+        capacity, and the state.
+
+    Raises:
+        ValueError: `tokens` or `active` don't have the state's batch.
     """
+    shapes = {tokens.shape, state.lengths.shape} | (set() if active is None else {active.shape})
+    if len(shapes) > 1:
+        raise ValueError(f"tokens, state.lengths and active must be one number a row, got shapes {shapes}")
     if active is None:
         active = jnp.ones(tokens.shape, bool)
     attended_lengths = jnp.where(active, state.lengths, 0)  # rows that have ended must not cost reads

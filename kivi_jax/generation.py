@@ -1,40 +1,22 @@
 """Text in, text out."""
 
-import bisect
 import dataclasses
-import functools
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kivi_jax.decoding import Decoding, continue_decoding, start_decoding
+from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.models.registry import Params
-from kivi_jax.sampling import make_sampler
+from kivi_jax.sampling import Sampler, make_sampler
+from kivi_jax.text import Completion, CompletionReader, check_stops, encode
 
 # Tokens between looks at the text, while stop strings can end a row or somebody reads along.
 STREAM_TOKENS = 8
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What a model wrote after one prompt.
-
-    Attributes:
-        text: the decoded tokens; None if the checkpoint has no tokenizer.
-        tokens: generated ids, without the end token; after a stop string, those up to its last one.
-        finish_reason: "stop" after an end token or a stop string, "length" at `max_new_tokens`; None while unfinished.
-    """
-
-    text: str | None
-    tokens: list[int]
-    finish_reason: Literal["stop", "length"] | None
 
 
 def generate(
@@ -51,7 +33,8 @@ def generate(
 ) -> Completion | list[Completion]:
     """Completes one prompt or a batch of them.
 
-    A row's greedy completion does not depend on the other rows, nor do its samples but through its place in the batch.
+    A row's greedy completion does not depend on the other rows, nor do its samples but through its place in the batch;
+    in 16 bits up to rounding, which differs with the batch and can turn a near tie.
 
     Args:
         params: from `load`.
@@ -101,32 +84,47 @@ def stream(
 ) -> Iterator[list[Completion]]:
     """Generates like `generate`, with its arguments, and yields all completions so far after every `chunk` tokens.
 
-    With a `chunk` of None only the end result comes.
+    The first yield comes a token later, and with a `chunk` of None only the end result does.
 
     Raises:
-        ValueError: as `generate`, at the first completion asked for.
+        ValueError: as `generate`, or `chunk` is less than 1; both at once, before anything is generated.
     """
-    config = resolve_kv(kv, params.config.head_dim)
-    sampler = make_sampler(temperature, top_k, top_p)
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(stops):
-        raise ValueError("stop strings must not be empty")
-    if stops and params.tokenizer is None:
-        raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, or None for the end result only, got {chunk}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit 64 bits, got {seed}")
+    config = resolve_kv(kv, params.config.head_dim)
+    sampler = make_sampler(temperature, top_k, top_p)
+    stops = check_stops(params, stop)
     ids = encode(params, [prompts] if isinstance(prompts, str) else prompts)
-    if not ids:
-        yield []
-        return
-    longest = max(map(len, ids))
+    longest = max(map(len, ids), default=0)
     if longest + max_new_tokens > params.config.max_positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's "
             f"{params.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
         )
+    readers = [
+        CompletionReader(prompt, params.end_tokens, params.tokenizer, stops, max_new_tokens) for prompt in ids
+    ]
+    return _stream(params, readers, config, sampler, seed, chunk)
+
+
+def _stream(
+    params: Params,
+    readers: list[CompletionReader],
+    config: KVConfig,
+    sampler: Sampler,
+    seed: int,
+    chunk: int | None,
+) -> Iterator[list[Completion]]:
+    if not readers:
+        yield []
+        return
+    max_new_tokens = readers[0].max_new_tokens
     end_tokens = jnp.asarray(params.end_tokens, jnp.int32)
-    batch = PromptBatch.pad(ids, max_new_tokens)
+    batch = PromptBatch.pad([reader.prompt for reader in readers], max_new_tokens)
     rows = jnp.arange(len(batch.lengths))
     decoding = start_decoding(
         params,
@@ -135,23 +133,29 @@ def stream(
         end_tokens,
         jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows),
         sampler,
-        active=rows < len(ids),
+        active=rows < len(readers),
         capacity=batch.capacity,
         kv=config,
         max_new_tokens=_bucket(max_new_tokens, least=16),
     )
+    completions = [Completion(None, [], None)] * len(readers)
     while True:
-        completions = _completions(params, decoding, len(ids), max_new_tokens, stops)
-        if all(completion.finish_reason for completion in completions):
+        steps = int(decoding.steps)
+        generated = np.asarray(decoding.tokens)[:, :steps].tolist()
+        # A finished row's columns go on being filled, with anything.
+        completions = [
+            done if done.finish_reason else reader.read(tokens)
+            for done, reader, tokens in zip(completions, readers, generated, strict=False)
+        ]
+        running = [completion.finish_reason is None for completion in completions]
+        if not any(running):
             yield completions
             return
-        if chunk is not None and int(decoding.steps) > 1:
+        if chunk is not None and steps > 1:
             yield completions
-        if stops:
-            running = [completion.finish_reason is None for completion in completions]
-            running += [False] * (len(batch.lengths) - len(ids))
-            decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running))
-        until = max_new_tokens if chunk is None else min(int(decoding.steps) + chunk, max_new_tokens)
+        running += [False] * (len(batch.lengths) - len(readers))
+        decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running))
+        until = max_new_tokens if chunk is None else min(steps + chunk, max_new_tokens)
         decoding = continue_decoding(params, decoding, end_tokens, sampler, jnp.int32(until))
 
 
@@ -178,92 +182,6 @@ class PromptBatch:
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
         return cls(tokens, lengths, _bucket(longest + max_new_tokens, least=16))
-
-
-def _completions(
-    params: Params, decoding: Decoding, rows: int, max_new_tokens: int, stops: tuple[str, ...]
-) -> list[Completion]:
-    """What the first `rows` rows hold so far."""
-    generated = np.asarray(decoding.tokens)[:rows, : int(decoding.steps)].tolist()
-    return [_completion(params, tokens, max_new_tokens, stops) for tokens in generated]
-
-
-def _completion(params: Params, tokens: list[int], max_new_tokens: int, stops: tuple[str, ...]) -> Completion:
-    finish_reason: Literal["stop", "length"] | None = "length" if len(tokens) == max_new_tokens else None
-    ends = [place for place, token in enumerate(tokens) if token in params.end_tokens]
-    if ends:
-        tokens, finish_reason = tokens[: ends[0]], "stop"
-    if params.tokenizer is None:
-        return Completion(None, tokens, finish_reason)
-    decode = functools.partial(load_tokenizer(params.tokenizer).decode, skip_special_tokens=True)
-    text = decode(tokens)
-    if _first_stop(text, stops) is not None:
-        # The first tokens that complete a stop string decide, whatever was generated since.
-        needed = bisect.bisect_left(
-            range(len(tokens)), True, key=lambda count: _first_stop(decode(tokens[:count]), stops) is not None
-        )
-        tokens, finish_reason = tokens[:needed], "stop"
-        text = decode(tokens)
-        text = text[: _first_stop(text, stops)]
-    elif finish_reason is None:
-        text = text[: len(text) - _begun_stop(text, stops)]
-    return Completion(text, tokens, finish_reason)
-
-
-def _first_stop(text: str, stops: tuple[str, ...]) -> int | None:
-    """Where the first of the stop strings in `text` begins."""
-    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
-
-
-def _begun_stop(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that a stop string begins with: it may be about to come."""
-    lengths = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-    return max(lengths, default=0)
-
-
-def encode(params: Params, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Token ids of every prompt.
-
-    Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, or a text but no tokenizer.
-    """
-    encoded = []
-    for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if params.tokenizer is None:
-                raise ValueError("this checkpoint has no tokenizer; pass prompts as lists of token ids")
-            ids = load_tokenizer(params.tokenizer).encode(prompt) if prompt else []
-        elif isinstance(prompt, int):
-            raise ValueError(
-                "prompts must be texts or lists of token ids; wrap a single list of ids in another list"
-            )
-        else:
-            ids = [int(token) for token in prompt]
-        if not ids:
-            raise ValueError(f"prompt {number} is empty; give it at least one token")
-        if outside := [token for token in ids if not 0 <= token < params.config.vocab_size]:
-            raise ValueError(
-                f"prompt {number} has token {outside[0]}, outside the vocabulary of {params.config.vocab_size}"
-            )
-        encoded.append(ids)
-    return encoded
-
-
-@functools.lru_cache(maxsize=8)
-def load_tokenizer(folder: str) -> Any:
-    """The Hugging Face tokenizer in `folder`; no code from the folder is run.
-
-    Raises:
-        ValueError: its files are damaged or of an unknown kind.
-    """
-    # transformers warns that it has no PyTorch, which nobody here wants it to have.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # seconds to import, and token-id prompts don't need it
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever the tokenizer's files make its parsers raise
-        raise ValueError(f"{folder}: the tokenizer can't be loaded: {error}") from error
 
 
 def _bucket(size: int, least: int = 1) -> int:

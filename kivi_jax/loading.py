@@ -44,7 +44,7 @@ def load(name: str | Path, dtype: str = "bfloat16") -> Params:
     folder = _find_folder(str(name))
     fields = _read_json(folder / "config.json")
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{folder}: model_type {model_type!r} is not supported, only {', '.join(FAMILIES)}"
         )
@@ -66,7 +66,7 @@ def load(name: str | Path, dtype: str = "bfloat16") -> Params:
 def _find_folder(name: str) -> Path:
     if name == "demo":
         return DEMO_FOLDER
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
@@ -89,7 +89,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
@@ -101,9 +101,10 @@ def _end_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
     ids = _read_json(generation).get("eos_token_id") if generation.exists() else None
     ids = fields.get("eos_token_id") if ids is None else ids
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token, int) and 0 <= token < 2**31 for token in listed):
+        raise CheckpointError(f"{folder}: eos_token_id must be a token id or a list of them, got {ids!r}")
+    return tuple(listed)
 
 
 def _load_weights(folder: Path, family: Family, shapes: Mapping[Any, Any], dtype: str) -> dict[Any, Any]:
@@ -127,8 +128,11 @@ def _load_weights(folder: Path, family: Family, shapes: Mapping[Any, Any], dtype
         raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  " + "\n  ".join(problems))
     weights: dict[Any, Any] = {}
     for path, (file, name) in tqdm(sources.items(), desc="loading", unit="tensor", leave=False, disable=None):
-        with safe_open(file, framework="np") as tensors:
-            tensor = tensors.get_tensor(name)
+        try:
+            with safe_open(file, framework="np") as tensors:
+                tensor = tensors.get_tensor(name)
+        except (SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not have
+            raise CheckpointError(f"{file}: {name} can't be read: {error}") from None
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise CheckpointError(f"{file}: {name} is {tensor.dtype}, expected floating point")
         _insert(weights, path, jnp.asarray(tensor, dtype))
@@ -138,7 +142,10 @@ def _load_weights(folder: Path, family: Family, shapes: Mapping[Any, Any], dtype
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, single or sharded."""
     if (folder / INDEX_FILE).exists():
-        names = set(_read_json(folder / INDEX_FILE).get("weight_map", {}).values())
+        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{folder / INDEX_FILE} must map tensors to files under 'weight_map'")
+        names = set(weight_map.values())
         if outside := [name for name in names if Path(name).name != name]:
             raise CheckpointError(f"{folder / INDEX_FILE} names files outside the folder: {sorted(outside)}")
         files = [folder / name for name in sorted(names)]

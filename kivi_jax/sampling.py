@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+LEAST_TEMPERATURE = 1e-6  # as good as greedy; much less and float32 logits overflow
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ def make_sampler(temperature: float, top_k: int | None = None, top_p: float | No
     if temperature == 0:
         return Greedy()
     return Random(
-        jnp.float32(temperature),
-        None if top_k is None else jnp.int32(top_k),
+        jnp.float32(max(temperature, LEAST_TEMPERATURE)),
+        None if top_k is None else jnp.int32(min(top_k, 2**31 - 1)),
         None if top_p is None else jnp.float32(top_p),
     )

@@ -95,6 +95,8 @@ class LlamaConfig:
             raise ValueError(
                 f"config.json: head_dim must be an even whole number for rotary positions, got {head_dim}"
             )
+        if not _is_positive(rms_norm_eps := fields.get("rms_norm_eps") or 1e-6):
+            raise ValueError(f"config.json: rms_norm_eps must be a positive number, got {rms_norm_eps!r}")
         theta, scaling = read_rope(fields)
         return cls(
             vocab_size=fields["vocab_size"],
@@ -107,7 +109,7 @@ class LlamaConfig:
             max_positions=fields["max_position_embeddings"],
             rope_theta=theta,
             rope_scaling=scaling,
-            rms_norm_eps=fields.get("rms_norm_eps") or 1e-6,
+            rms_norm_eps=rms_norm_eps,
             attention_bias=fields.get("attention_bias", False),
             mlp_bias=fields.get("mlp_bias", False),
             tied_head=fields.get("tie_word_embeddings", False),
@@ -142,11 +144,13 @@ def read_rope(fields: Mapping[str, Any]) -> tuple[float, Llama3Rope | LinearRope
             raise ValueError(f"config.json: {name} must be an object, got {value!r}")
         rope |= value
     theta = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
+    if not _is_positive(theta):
+        raise ValueError(f"config.json: rope_theta must be a positive number, got {theta!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return float(theta), None
     scalings = {"linear": LinearRope, "llama3": Llama3Rope}
-    if kind not in scalings:
+    if not isinstance(kind, str) or kind not in scalings:
         raise ValueError(
             f"config.json: rope type {kind!r} is not supported, only default, {', '.join(scalings)}"
         )
@@ -155,6 +159,8 @@ def read_rope(fields: Mapping[str, Any]) -> tuple[float, Llama3Rope | LinearRope
         raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
     if wrong := {name: rope[name] for name in names if not _is_positive(rope[name])}:
         raise ValueError(f"config.json: rope type {kind!r} needs positive numbers, got {wrong}")
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ValueError("config.json: rope type 'llama3' needs a high_freq_factor above its low_freq_factor")
     return float(theta), scalings[kind](**{name: rope[name] for name in names})
 
 

@@ -16,7 +16,8 @@ import jax
 import typer
 
 import kivi_jax
-from kivi_jax.generation import PromptBatch, encode
+from kivi_jax.generation import PromptBatch
+from kivi_jax.text import encode
 
 PASS_KEY = "48213"
 PROMPTS = (

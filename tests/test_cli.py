@@ -51,6 +51,7 @@ def test_errors_are_one_line(arguments, message):
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.startswith("error: ")
+    assert not result.stdout
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -103,6 +104,14 @@ def test_shapes_that_do_not_fit_are_refused(tiny, tokens, lengths, message):
 
 
 @pytest.mark.parametrize("kv", ["kivi2", "bf16"])
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1)])
+def test_step_takes_one_token_a_row(tiny, shape, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    state = kivi_jax.init_state(tiny, 2, 64, "kivi2")
+    with pytest.raises(ValueError, match="one number a row"):
+        kivi_jax.decode_step(tiny, jnp.zeros(shape, jnp.int32), state)
+
+
 def test_decode_loop_updates_the_state_in_place(kv):
     """Llama 3.2 1B in shape: temporaries are a small part of the state, and all of the state is aliased."""
     shape = memory_report.MODELS["llama-3.2-1b"]

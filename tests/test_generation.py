@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import kivi_jax
 from kivi_jax import KVConfig
@@ -116,7 +116,7 @@ def test_stop_strings_end_before_themselves(lettered):
         assert after.text == before.text.split(stop)[0]
         assert after.finish_reason == ("stop" if stop in before.text else "length")
         assert after.tokens == before.tokens[: len(after.tokens)]
-        decoded = " ".join(f"w{token}" for token in after.tokens)
+        decoded = "".join(f" w{token}" for token in after.tokens)
         assert (stop in decoded) == (stop in before.text)
         assert stop not in decoded.rpartition(" ")[0]
 
@@ -135,10 +135,50 @@ def test_stream_never_shows_what_a_stop_string_takes_back(lettered):
     assert len(shown) < 20
 
 
+def test_text_continues_the_prompt(tmp_path):
+    """Tokenizers that strip the first space of what they decode don't lose the one after the prompt."""
+    folder = write_checkpoint(tmp_path)
+    vocabulary = {f"▁w{token}": token for token in range(TINY["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="▁w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    params = kivi_jax.load(folder, dtype="float32")
+    completion = kivi_jax.generate(params, "w1 w2", max_new_tokens=5)
+    assert completion.text == "".join(f" w{token}" for token in completion.tokens)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kv", ["bf16", "kivi2"])
+def test_16_bit_models_follow_float32_ones(tmp_path, kv, dtype):
+    """Logits over a prompt and 40 steps; only rounding, and a code that flips by it, tells the dtypes apart."""
+    folder = write_checkpoint(tmp_path)
+    prompt = jnp.asarray([list(range(100))], jnp.int32)
+    logits = {}
+    for name in ("float32", dtype):
+        params = kivi_jax.load(folder, dtype=name)
+        state = kivi_jax.init_state(params, 1, 160, kv)
+        first, state = kivi_jax.prefill(params, prompt, jnp.asarray([100]), state)
+        steps = [first]
+        for token in range(40):
+            step, state = kivi_jax.decode_step(params, jnp.asarray([token]), state)
+            steps.append(step)
+        logits[name] = np.concatenate(steps)
+    difference = np.mean((logits[dtype] - logits["float32"]) ** 2) / np.mean(logits["float32"] ** 2)
+    assert 0 < difference < 1e-2
+
+
+@pytest.mark.parametrize("chunk", [0, -3])
+def test_chunks_are_positive(tiny, chunk):
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        kivi_jax.stream(tiny, [[1]], chunk=chunk)
+
+
 def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
     single = kivi_jax.generate(lettered, "w5", max_new_tokens=4)
     assert isinstance(single, kivi_jax.Completion)
-    assert single.text == " ".join(f"w{token}" for token in single.tokens)
+    assert single.text == "".join(f" w{token}" for token in single.tokens)
     assert kivi_jax.generate(lettered, ["w5"], max_new_tokens=4) == [single]
     assert kivi_jax.generate(lettered, []) == []
 
@@ -153,12 +193,14 @@ def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
         (["text"], {}, "no tokenizer"),
         ([[1, 101]], {}, "token 101, outside the vocabulary of 101"),
         ([[-1]], {}, "token -1, outside"),
-        ([1, 2, 3], {}, "wrap a single list"),
+        ([1, 2, 3], {}, "a single list of ids belongs in another"),
+        ([[1.5]], {}, "must be a text or a list of token ids"),
+        ([[1]], {"seed": 2**70}, "seed must fit 64 bits"),
         ([[1] * 2000], {"max_new_tokens": 49}, "exceed the model's 2048 positions"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1]], {"temperature": -0.5}, "temperature"),
         ([[1]], {"stop": "x"}, "stop strings need a tokenizer"),
-        ([[1]], {"stop": [""]}, "stop strings must not be empty"),
+        ([[1]], {"stop": [""]}, "none of them empty"),
     ],
 )
 def test_bad_input_is_one_clear_error(tiny, prompts, options, message, monkeypatch):

@@ -125,6 +125,14 @@ def outside_shard(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
 
 
+def listed_map(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+
+
+def named_end(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+
+
 def integers(folder):
     tensors = random_tensors(TINY)
     tensors["model.norm.weight"] = np.ones(48, np.int32)
@@ -144,6 +152,8 @@ def integers(folder):
         (pickled, "pickled .bin weights are never loaded"),
         (missing_shard, "lacks model-00002-of-00003.safetensors"),
         (outside_shard, "outside the folder"),
+        (listed_map, "must map tensors to files"),
+        (named_end, "eos_token_id must be a token id or a list of them, got '</s>'"),
         (integers, "model.norm.weight is int32, expected floating point"),
     ],
 )
@@ -164,6 +174,10 @@ def test_damage_is_one_clear_error(tmp_path, damage, message):
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "needs positive numbers, got {'factor': 0}"),
+        ({"model_type": ["llama"]}, "is not supported, only llama"),
+        ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "is not supported, only default"),
         ({"rope_parameters": "none"}, "rope_parameters must be an object"),
         ({"head_dim": 33}, "even whole number"),
         ({"head_dim": None, "hidden_size": 50}, "even whole number"),

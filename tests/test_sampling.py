@@ -15,6 +15,11 @@ def test_greedy_takes_the_first_of_the_most_likely():
     assert draw(make_sampler(0.0), [0.0, 3.0, 3.0, 1.0], 2).tolist() == [1, 1]
 
 
+def test_tiny_temperatures_are_greedy():
+    assert draw(make_sampler(1e-40), [0.0, 3.0, 2.0], 4).tolist() == [1] * 4
+    assert draw(make_sampler(1e-40, top_k=10**12, top_p=0.9), [0.0, 3.0, 2.0], 4).tolist() == [1] * 4
+
+
 def test_temperature_follows_the_softmax():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
     counts = np.bincount(draw(make_sampler(2.0), logits, 20000), minlength=4) / 20000

@@ -26,7 +26,9 @@ class KVConfig:
     residual_length: int = 128
 
     def __post_init__(self) -> None:
-        bits = (self.key_bits, self.value_bits)
+        bits = self.bits
+        if not all(isinstance(size, int) for size in (*bits, self.group_size, self.residual_length)):
+            raise ValueError(f"the fields of a KVConfig are whole numbers, got {self}")
         if bits == (UNQUANTIZED_BITS, UNQUANTIZED_BITS):
             return
         if not set(bits) <= {2, 4}:
@@ -46,6 +48,10 @@ class KVConfig:
                 f"residual_length must be a multiple of {32 // min(bits)} tokens, which fill one 32-bit word "
                 f"at {min(bits)} bits, got {self.residual_length}"
             )
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        return self.key_bits, self.value_bits
 
     @property
     def quantized(self) -> bool:
@@ -83,5 +89,10 @@ def resolve_kv(kv: str | KVConfig, head_dim: int) -> KVConfig:
         raise ValueError(
             f"group_size {config.group_size} does not divide the model's head_dim {head_dim}; "
             f"pass kv=KVConfig(..., group_size=G) with a G that does"
+        )
+    if config.quantized and head_dim == 64 and config.residual_length * min(config.bits) % 64:
+        raise ValueError(
+            f"residual_length {config.residual_length} must be a multiple of {64 // min(config.bits)} tokens "
+            f"at {min(config.bits)} bits for a head_dim of 64, two of whose word rows share one"
         )
     return config

@@ -121,7 +121,10 @@ def _quantize_groups(
     exact = groups.astype(jnp.float32)
     zero = exact.min(axis, keepdims=True)
     largest_code = 2**bits - 1
-    scale = ((exact.max(axis, keepdims=True) - zero) / largest_code).astype(groups.dtype)
+    span = exact.max(axis, keepdims=True) - zero
+    # Not a constant to the compiler: by its reciprocal XLA would multiply, which is off in the last bit.
+    steps = jnp.where(span == span, jnp.float32(largest_code), span)
+    scale = (span / steps).astype(groups.dtype)
     # A constant group has scale 0; dividing by 1 instead gives code 0, so the value comes back as its zero.
     divisor = jnp.where(scale == 0, 1, scale).astype(jnp.float32)
     codes = jnp.clip(_rounded_quotient(exact - zero, divisor), 0, largest_code).astype(jnp.int32)
@@ -129,7 +132,7 @@ def _quantize_groups(
 
 
 def _rounded_quotient(numerator: Float[Array, "..."], divisor: Float[Array, "..."]) -> Float[Array, "..."]:
-    """round_half_even(numerator / divisor), also where the device's division is off in the last bit.
+    """round_half_even(numerator / divisor), also where XLA multiplies by a reciprocal, off in the last bit.
 
     Among 16-bit activations halves are common, and there that bit decides. Halves times a 16-bit divisor are exact.
     """

@@ -1,3 +1,4 @@
+import jaxtyping
 import pytest
 
 from kivi_jax.kv import PRESETS, KVConfig
@@ -20,9 +21,11 @@ def test_presets_count_scale_and_zero(name, bits):
         ((2, 2, 32, 100), "multiple of group_size 32"),
         ((2, 2, 32, 0), "multiple of group_size 32"),
         ((2, 4, 8, 8), "multiple of 16 tokens"),
+        ((2, 2, 32.0), "whole numbers"),
     ],
 )
-def test_fields_that_do_not_fit_are_refused(fields, message):
+def test_fields_that_do_not_fit_are_refused(fields, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
     with pytest.raises(ValueError, match=message):
         KVConfig(*fields)
 
@@ -32,6 +35,12 @@ def test_unknown_kv_names_the_choices():
         ValueError, match="'bf16', 'kivi4', 'kivi-k4v2', 'kivi-k2v4', 'kivi2' or a KVConfig, got 'kivi3'"
     ):
         resolve_kv("kivi3", 64)
+
+
+def test_blocks_fill_folded_rows():
+    assert resolve_kv(KVConfig(2, 2, 16, 16), 128)
+    with pytest.raises(ValueError, match="multiple of 32 tokens at 2 bits for a head_dim of 64"):
+        resolve_kv(KVConfig(2, 2, 16, 16), 64)
 
 
 def test_group_size_must_divide_head_dim():

@@ -47,6 +47,8 @@ def test_keys_in_the_packed_layout(bits, head_dim, group_size, dtype):
     assert scale.dtype == zero.dtype == x.dtype
     groups = np.asarray(x, np.float32).reshape(2, 3, -1, group_size, head_dim)
     np.testing.assert_array_equal(np.asarray(zero, np.float32), groups.min(-2))
+    expected_scale = (groups.max(-2) - groups.min(-2)) / np.float32(2**bits - 1)
+    np.testing.assert_array_equal(scale, np.asarray(expected_scale, scale.dtype))
     spread = np.repeat(scale, group_size, axis=2), np.repeat(zero, group_size, axis=2)
     np.testing.assert_array_equal(codes, direct_words(direct_codes(x, *spread, bits), bits))
 

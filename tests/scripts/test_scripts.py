@@ -12,7 +12,8 @@ import benchmark_attention
 import demo
 import kivi_jax
 import memory_report
-from kivi_jax.generation import PromptBatch, encode
+from kivi_jax.generation import PromptBatch
+from kivi_jax.text import encode
 
 SCRIPTS = Path(memory_report.__file__).parent
 
