@@ -68,7 +68,7 @@ def quantize_values(x: Float[Array, "*batch T D"], bits: int, group_size: int) -
 
 def dequantize_keys(quantized: Quantized, bits: int, group_size: int) -> Float[Array, "*batch T D"]:
     """Undoes `quantize_keys` up to half a scale per value; float32."""
-    codes = unpack(quantized.codes, bits, quantized.scale.shape[-1]) + 2 ** (bits - 1)
+    codes = _unpack(quantized.codes, bits, quantized.scale.shape[-1]) + 2 ** (bits - 1)
     *batch, length, head_dim = codes.shape
     groups = codes.reshape(*batch, length // group_size, group_size, head_dim)
     scale, zero = (array.astype(jnp.float32)[..., None, :] for array in quantized[1:])
@@ -77,20 +77,14 @@ def dequantize_keys(quantized: Quantized, bits: int, group_size: int) -> Float[A
 
 def dequantize_values(quantized: Quantized, bits: int, group_size: int) -> Float[Array, "*batch T D"]:
     """Undoes `quantize_values` up to half a scale per value; float32."""
-    codes = unpack(quantized.codes, bits, quantized.scale.shape[-2] * group_size) + 2 ** (bits - 1)
+    codes = _unpack(quantized.codes, bits, quantized.scale.shape[-2] * group_size) + 2 ** (bits - 1)
     *batch, length, head_dim = codes.shape
     groups = codes.reshape(*batch, length, head_dim // group_size, group_size)
     scale, zero = (array.astype(jnp.float32).swapaxes(-1, -2)[..., None] for array in quantized[1:])
     return (groups * scale + zero).reshape(codes.shape)
 
 
-def affine(quantized: Quantized, bits: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Scale and offset, float32, that turn an unpacked field into its value: field · scale + offset."""
-    scale = quantized.scale.astype(jnp.float32)
-    return scale, quantized.zero.astype(jnp.float32) + 2 ** (bits - 1) * scale
-
-
-def unpack(codes: Int32[Array, "*batch rows lanes"], bits: int, head_dim: int) -> Int32[Array, "*batch T D"]:
+def _unpack(codes: Int32[Array, "*batch rows lanes"], bits: int, head_dim: int) -> Int32[Array, "*batch T D"]:
     """The signed fields, code - 2^(bits - 1), of packed words, in token order."""
     words = codes.reshape(*codes.shape[:-2], -1, head_dim)
     # Each field in turn is moved to the top of its word, then down again with its sign.

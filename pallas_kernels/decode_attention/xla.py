@@ -8,7 +8,13 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kivi_jax.kv.config import KVConfig
-from kivi_jax.kv.quantize import KEY_TOKEN_AXES, VALUE_TOKEN_AXES, Quantized, affine, unpack
+from kivi_jax.kv.quantize import (
+    KEY_TOKEN_AXES,
+    VALUE_TOKEN_AXES,
+    Quantized,
+    dequantize_keys,
+    dequantize_values,
+)
 from kivi_jax.kv.state import DenseLayer, QuantizedLayer
 
 # Unpacked float32 bytes of one block of the packed region: small enough to stay in a CPU core's second-level cache.
@@ -116,7 +122,7 @@ def _attend_packed(
     lengths: Int[Array, " B"],
     config: KVConfig,
 ) -> OnlineSoftmax:
-    """Tokens t < length - R, block by block up to the longest row."""
+    """Tokens t < length - R, one block dequantized at a time, up to the longest row."""
     batch, num_kv_heads, _, head_dim = queries.shape
     residual = config.residual_length
     capacity = layer.v_scale.shape[-1]
@@ -129,11 +135,13 @@ def _attend_packed(
         start = jnp.minimum(i * block, capacity - block)
         tokens = start + jnp.arange(block)
         new = (tokens >= i * block) & (tokens < packed_lengths[:, None])
-        keys = _slice(layer.keys, KEY_TOKEN_AXES, start, block, capacity)
-        values = _slice(layer.values, VALUE_TOKEN_AXES, start, block, capacity)
-        scores = _key_scores(queries, keys, config.key_bits)
+        packed_k = _slice(layer.keys, KEY_TOKEN_AXES, start, block, capacity)
+        packed_v = _slice(layer.values, VALUE_TOKEN_AXES, start, block, capacity)
+        keys = dequantize_keys(packed_k, config.key_bits, config.group_size)
+        values = dequantize_values(packed_v, config.value_bits, config.group_size)
+        scores = jnp.einsum("bhrd,bhtd->bhrt", queries, keys)
         probabilities, sums = sums.rescale(_mask(scores, new))
-        return sums.add(_weighted_values(probabilities, values, config.value_bits, head_dim))
+        return sums.add(jnp.einsum("bhrt,bhtd->bhrd", probabilities, values))
 
     return jax.lax.fori_loop(0, -(-packed_lengths.max() // block), attend_block, sums)
 
@@ -148,39 +156,3 @@ def _slice(packed: Quantized, axes: tuple[int, ...], start: Array, tokens: int, 
         )
 
     return Quantized(*map(read, packed, axes))
-
-
-def _key_scores(
-    queries: Float[Array, "B H rows D"], keys: Quantized, bits: int
-) -> Float[Array, "B H rows T"]:
-    """q·k with the scale folded into q and the offset paid once a group: Σ (q·scale)·field + Σ q·offset."""
-    batch, heads, rows, head_dim = queries.shape
-    scale, offset = affine(keys, bits)
-    groups = scale.shape[2]
-    fields = (
-        unpack(keys.codes, bits, head_dim).astype(jnp.float32).reshape(batch, heads, groups, -1, head_dim)
-    )
-    scaled = queries[:, :, :, None] * scale[:, :, None]
-    scores = jnp.einsum("bhrgd,bhgtd->bhrgt", scaled, fields)
-    scores = scores + jnp.einsum("bhrd,bhgd->bhrg", queries, offset)[..., None]
-    return scores.reshape(batch, heads, rows, -1)
-
-
-def _weighted_values(
-    probabilities: Float[Array, "B H rows T"], values: Quantized, bits: int, head_dim: int
-) -> Float[Array, "B H rows D"]:
-    """p·v with the scale folded into p: Σ (p·scale)·field + Σ p·offset.
-
-    Each group of channels has its own scaled p. They are stacked as further rows of one product over all channels, of
-    which only the blocks on the diagonal are wanted: wasted multiplications, but no short or strided ones.
-    """
-    batch, heads, rows, _ = probabilities.shape
-    scale, offset = affine(values, bits)
-    groups = scale.shape[2]
-    fields = unpack(values.codes, bits, head_dim).astype(jnp.float32)
-    scaled = probabilities[:, :, :, None] * scale[:, :, None]
-    products = jnp.einsum("bhnt,bhtd->bhnd", scaled.reshape(batch, heads, rows * groups, -1), fields)
-    products = products.reshape(batch, heads, rows, groups, groups, -1)
-    diagonal = jnp.einsum("bhrggd->bhrgd", products)
-    diagonal = diagonal + jnp.einsum("bhrt,bhgt->bhrg", probabilities, offset)[..., None]
-    return diagonal.reshape(batch, heads, rows, head_dim)
