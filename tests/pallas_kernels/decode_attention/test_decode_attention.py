@@ -90,7 +90,7 @@ def test_groups_and_windows(config):
     check(config, 4, 2, 128, lengths, capacity=640)
 
 
-@pytest.mark.parametrize("block_bytes", [1, 6 * 2 * 128 * 4 * 96, 2**30])
+@pytest.mark.parametrize("block_bytes", [1, 6 * 2 * 128 * 4 * 128, 2**30])
 def test_lengths_on_both_sides_of_every_block_edge(monkeypatch, block_bytes):
     """Blocks of one ring, of several that don't divide the capacity, and of everything."""
     monkeypatch.setattr(xla, "BLOCK_BYTES", block_bytes)
