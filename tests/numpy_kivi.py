@@ -4,65 +4,100 @@ Written from the paper's reference behaviour, and shares nothing with the librar
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tests.checkpoints import Tensors
 
 
-def fake_quantize(x: np.ndarray, bits: int, group_size: int, axis: int) -> np.ndarray:
-    """What a quantized `x` decodes to, with groups of `group_size` along `axis`."""
+def fake_quantize(x: np.ndarray, bits: int, group_size: int, axis: int, nudge: float = 0.0) -> np.ndarray:
+    """What a quantized `x` decodes to, with groups of `group_size` along `axis`.
+
+    `nudge` is added before rounding: values that lie half-way between two codes can fall on either side, as the last
+    bit of whatever computed them decides.
+    """
     moved = np.moveaxis(x, axis, -1)
     groups = moved.reshape(*moved.shape[:-1], moved.shape[-1] // group_size, group_size)
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
     scale = ((high - low) / np.float32(2**bits - 1)).astype(np.float32)
     steps = np.divide(groups - low, scale, out=np.zeros_like(groups), where=scale > 0)
-    decoded = np.rint(np.clip(steps, 0, 2**bits - 1)) * scale + low
+    decoded = np.rint(np.clip(steps + np.float32(nudge), 0, 2**bits - 1)) * scale + low
     return np.moveaxis(decoded.reshape(moved.shape), -1, axis).astype(np.float32)
 
 
 @dataclasses.dataclass
 class KiviLists:
-    """Keys and values `[H, T, D]` of one layer of one sequence, the quantized ones as they decode."""
+    """Keys and values `[H, T, D]` of one layer of one sequence, the quantized ones as they decode.
+
+    The first `sink_tokens` tokens decode to themselves and are no part of their groups: for the keys' range, the first
+    token after them stands in. A token attends the newest `sliding_window` ones, itself included.
+    """
 
     key_bits: int
     value_bits: int
     group_size: int
     residual_length: int
+    sink_tokens: int = 0
+    sliding_window: int | None = None
+    nudge: float = 0.0
 
-    def prefill(self, k: np.ndarray, v: np.ndarray) -> None:
-        length = k.shape[1]
-        keys, values = length - length % self.residual_length, max(length - self.residual_length, 0)
-        self.quantized_k = fake_quantize(k[:, :keys], self.key_bits, self.group_size, axis=1)
-        self.quantized_v = fake_quantize(v[:, :values], self.value_bits, self.group_size, axis=2)
-        self.exact_k, self.exact_v = k[:, keys:], v[:, values:]
+    def __post_init__(self) -> None:
+        self.k: list[np.ndarray] = []  # one [H, D] a token
+        self.v: list[np.ndarray] = []
+        self.quantized_keys = self.quantized_values = 0
 
-    def attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Attention of one token, q `[Hq, D]`, k and v `[H, D]`, which is stored afterwards."""
-        self.exact_k = np.concatenate([self.exact_k, k[:, None]], axis=1)
-        self.exact_v = np.concatenate([self.exact_v, v[:, None]], axis=1)
-        all_k = np.concatenate([self.quantized_k, self.exact_k], axis=1)
-        all_v = np.concatenate([self.quantized_v, self.exact_v], axis=1)
-        out = softmax_attention(q[:, None], all_k, all_v)[:, 0]
-        if self.exact_k.shape[1] == self.residual_length:
-            decoded = fake_quantize(self.exact_k, self.key_bits, self.group_size, axis=1)
-            self.quantized_k = np.concatenate([self.quantized_k, decoded], axis=1)
-            self.exact_k = self.exact_k[:, :0]
-        if self.exact_v.shape[1] > self.residual_length:
-            decoded = fake_quantize(self.exact_v[:, :1], self.value_bits, self.group_size, axis=2)
-            self.quantized_v = np.concatenate([self.quantized_v, decoded], axis=1)
-            self.exact_v = self.exact_v[:, 1:]
+    def extend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Attention of T new tokens, q `[Hq, T, D]`, k and v `[H, T, D]`, which are stored afterwards.
+
+        Stored tokens are attended as they decode, the new ones exactly: a whole prompt, a chunk, or one token.
+        """
+        self.k += list(k.swapaxes(0, 1))
+        self.v += list(v.swapaxes(0, 1))
+        all_k, all_v = np.stack(self.k, axis=1), np.stack(self.v, axis=1)
+        out = softmax_attention(q, all_k, all_v, sliding_window=self.sliding_window)
+        length = len(self.k)
+        while length - self.quantized_keys >= self.residual_length:
+            start, end = self.quantized_keys, self.quantized_keys + self.residual_length
+            ranged = np.stack(self.k[start:end], axis=1)
+            exact = max(self.sink_tokens - start, 0)
+            ranged[:, :exact] = ranged[:, min(exact, self.residual_length - 1), None]
+            decoded = fake_quantize(ranged, self.key_bits, self.group_size, axis=1, nudge=self.nudge)
+            self.k[start + exact : end] = list(decoded.swapaxes(0, 1))[exact:]
+            self.quantized_keys = end
+        while length - self.quantized_values > self.residual_length:
+            token = self.quantized_values
+            if token >= self.sink_tokens:
+                self.v[token] = fake_quantize(
+                    self.v[token], self.value_bits, self.group_size, axis=1, nudge=self.nudge
+                )
+            self.quantized_values += 1
         return out
 
 
-def softmax_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = False) -> np.ndarray:
-    """q `[Hq, T, D]`, k and v `[H, S, D]`; query heads share the KV head of their group."""
+def softmax_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    sliding_window: int | None = None,
+    alibi_slopes: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Causal attention of the newest T of S tokens: q `[Hq, T, D]`, k and v `[H, S, D]`, heads grouped."""
     groups = q.shape[0] // k.shape[0]
     k, v = np.repeat(k, groups, axis=0), np.repeat(v, groups, axis=0)
-    scores = q @ k.swapaxes(1, 2) / np.sqrt(np.float32(q.shape[-1]))
-    if causal:
-        scores = np.where(np.tri(q.shape[1], dtype=bool), scores, -np.inf)
+    scores = q @ k.swapaxes(1, 2)
+    tokens = np.arange(k.shape[1])
+    if alibi_slopes is not None:
+        rounded = [np.asarray(x).astype(ml_dtypes.bfloat16) for x in (alibi_slopes, tokens)]
+        scores = scores + (rounded[0][:, None] * rounded[1]).astype(np.float32)[:, None]
+    scores = scores / np.sqrt(np.float32(q.shape[-1]))
+    distances = tokens[-q.shape[1] :, None] - tokens
+    seen = distances >= 0
+    if sliding_window is not None:
+        seen &= distances < sliding_window
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return (weights / weights.sum(-1, keepdims=True)) @ v
 
@@ -70,14 +105,13 @@ def softmax_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool 
 class NumpyLlama:
     """A Llama for one sequence whose layers store keys and values in `KiviLists`."""
 
-    def __init__(self, tensors: Tensors, config: dict[str, Any], *kivi: int):
+    def __init__(self, tensors: Tensors, config: dict[str, Any], **kivi: Any):
         self.tensors, self.config = tensors, config
-        self.lists = [KiviLists(*kivi) for _ in range(config["num_hidden_layers"])]
+        self.lists = [KiviLists(**kivi) for _ in range(config["num_hidden_layers"])]
         self.length = 0
 
     def run(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits after `tokens`: a whole prompt at first, then one token at a time."""
-        prompt = self.length == 0
+        """Logits after `tokens`: a whole prompt, a further chunk of one, or one token."""
         x = self.tensors["model.embed_tokens.weight"][tokens]
         positions = self.length + np.arange(len(tokens))
         for layer, lists in enumerate(self.lists):
@@ -85,11 +119,7 @@ class NumpyLlama:
             h = self.norm(x, prefix + "input_layernorm.weight")
             q, k, v = (self.heads(h, f"{prefix}self_attn.{name}_proj.weight") for name in "qkv")
             q, k = self.rotate(q, positions), self.rotate(k, positions)
-            if prompt:
-                attended = softmax_attention(q, k, v, causal=True)
-                lists.prefill(k, v)
-            else:
-                attended = lists.attend(q[:, 0], k[:, 0], v[:, 0])[:, None]
+            attended = lists.extend(q, k, v)
             merged = attended.swapaxes(0, 1).reshape(len(tokens), -1)
             x = x + merged @ self.tensors[prefix + "self_attn.o_proj.weight"].T
             h = self.norm(x, prefix + "post_attention_layernorm.weight")
