@@ -1,7 +1,7 @@
 """LLM inference in JAX with a 2-bit key-value cache (KIVI)."""
 
 from kivi_jax import kv
-from kivi_jax.decoding import decode_step, init_state, prefill
+from kivi_jax.decoding import decode_step, extend, init_state, prefill
 from kivi_jax.generation import generate, stream
 from kivi_jax.kv import KVConfig, KVState, kv_bytes
 from kivi_jax.loading import CheckpointError, load
@@ -15,6 +15,7 @@ __all__ = [
     "KVState",
     "Params",
     "decode_step",
+    "extend",
     "generate",
     "init_state",
     "kv",

@@ -1,5 +1,6 @@
-"""Attention of a whole prompt and of one new token: picks an implementation, computes nothing itself."""
+"""Attention of a whole prompt, of a chunk and of one new token: picks an implementation, computes nothing itself."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -8,9 +9,10 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Float
 
-from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
+from kivi_jax.pallas_kernels.alibi import alibi_bias
+from kivi_jax.pallas_kernels.decode_attention.api import chunk_attention, decode_attention
 
-__all__ = ["decode_attention", "prefill_attention"]
+__all__ = ["chunk_attention", "decode_attention", "prefill_attention"]
 
 PrefillImplementation = Literal["auto", "xla", "cudnn", "splash"]
 
@@ -22,24 +24,32 @@ def prefill_attention(
     q: Float[Array, "B T Hq D"],
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H D"],
+    sliding_window: int | None = None,
+    alibi_slopes: Sequence[float] | None = None,
     implementation: PrefillImplementation = "auto",
     interpret: bool = False,
 ) -> Float[Array, "B T Hq D"]:
     """Exact causal attention of right-padded prompts; what padding attends to is never read.
 
-    `cudnn` needs 16-bit activations and head_dim ≤ 128 on an NVIDIA GPU, `splash` a T that is a multiple of 128 on a
-    TPU (`interpret` runs it elsewhere, slowly). `auto` takes the device's own where the shapes allow, else `xla`.
+    A token attends the newest `sliding_window` tokens, itself included, or all; `alibi_slopes` are those of
+    `alibi_bias`, which only `xla` takes. `cudnn` needs 16-bit activations and head_dim ≤ 128 on an NVIDIA GPU, `splash`
+    a T that is a multiple of 128 on a TPU (`interpret` runs it elsewhere, slowly). `auto` takes the device's own where
+    it can, else `xla`.
     """
     if implementation == "auto":
-        implementation = _best_implementation(q)
-    match implementation:
-        case "cudnn":
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-        case "splash":
-            return _splash_attention(q, k, v, interpret)
-        case "xla":
-            return _chunked_attention(q, k, v)
-    raise ValueError(f"implementation must be 'auto', 'xla', 'cudnn' or 'splash', got {implementation!r}")
+        implementation = "xla" if alibi_slopes is not None else _best_implementation(q)
+    if implementation == "xla":
+        return _chunked_attention(q, k, v, sliding_window, alibi_slopes)
+    if implementation not in ("cudnn", "splash"):
+        raise ValueError(f"implementation must be 'auto', 'xla', 'cudnn' or 'splash', got {implementation!r}")
+    if alibi_slopes is not None:
+        raise ValueError(f"{implementation!r} has no position biases; take 'xla' or 'auto'")
+    if implementation == "splash":
+        return _splash_attention(q, k, v, sliding_window, interpret)
+    window = None if sliding_window is None else (sliding_window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
 
 
 def _best_implementation(q: Array) -> PrefillImplementation:
@@ -53,34 +63,48 @@ def _best_implementation(q: Array) -> PrefillImplementation:
 
 
 def _chunked_attention(
-    q: Float[Array, "B T Hq D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"]
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    sliding_window: int | None,
+    alibi_slopes: Sequence[float] | None,
 ) -> Float[Array, "B T Hq D"]:
     if q.dtype == jnp.float16:  # CPUs and TPUs have no float16 products with float32 sums
-        wide = (x.astype(jnp.float32) for x in (q, k, v))
-        return _chunked_attention(*wide).astype(q.dtype)
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        return _chunked_attention(q, k, v, sliding_window, alibi_slopes).astype(jnp.float16)
     batch, length, heads, head_dim = q.shape
+    tokens = jnp.arange(length)
+    bias = None if alibi_slopes is None else alibi_bias(alibi_slopes, tokens, head_dim)[None, :, None]
+
+    def attend(queries: Array, positions: Array) -> Array:
+        distances = positions[:, None] - tokens
+        seen = distances >= 0
+        if sliding_window is not None:
+            seen &= distances < sliding_window
+        return jax.nn.dot_product_attention(queries, k, v, bias=bias, mask=seen[None, None])
+
     if length <= QUERY_CHUNK:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return attend(q, tokens)
     chunks = -(-length // QUERY_CHUNK)
     padded = jnp.pad(q, ((0, 0), (0, chunks * QUERY_CHUNK - length), (0, 0), (0, 0)))
     queries = padded.reshape(batch, chunks, QUERY_CHUNK, heads, head_dim).swapaxes(0, 1)
-
-    def attend(chunk: tuple[Array, Array]) -> Array:
-        start, queries = chunk
-        causal = jnp.arange(length) <= start + jnp.arange(QUERY_CHUNK)[:, None]
-        return jax.nn.dot_product_attention(queries, k, v, mask=causal[None, None])
-
-    out = jax.lax.map(attend, (jnp.arange(chunks) * QUERY_CHUNK, queries))
+    positions = jnp.arange(chunks * QUERY_CHUNK).reshape(chunks, QUERY_CHUNK)
+    out = jax.lax.map(lambda chunk: attend(*chunk), (queries, positions))
     return out.swapaxes(0, 1).reshape(padded.shape)[:, :length]
 
 
 def _splash_attention(
-    q: Float[Array, "B T Hq D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"], interpret: bool
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    sliding_window: int | None,
+    interpret: bool,
 ) -> Float[Array, "B T Hq D"]:
     _, length, heads, head_dim = q.shape
-    causal = splash_attention.CausalMask((length, length))
+    newest = None if sliding_window is None else sliding_window - 1
+    mask = splash_attention.LocalMask((length, length), window_size=(newest, 0), offset=0)
     kernel = splash_attention.make_splash_mha_single_device(
-        splash_attention.MultiHeadMask([causal] * heads), interpret=interpret
+        splash_attention.MultiHeadMask([mask] * heads), interpret=interpret
     )
     scaled = q * jnp.asarray(head_dim**-0.5, q.dtype)
     out = jax.vmap(kernel)(scaled.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))

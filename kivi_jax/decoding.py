@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.attention import decode_attention, prefill_attention
+from kivi_jax.attention import chunk_attention, decode_attention, prefill_attention
 from kivi_jax.kv.config import KVConfig, resolve_kv
-from kivi_jax.kv.state import KVState, Layer, advance, append_token, empty_state, store_prompt
+from kivi_jax.kv.state import KVState, Layer, advance, empty_state
+from kivi_jax.models.layers import Attend
 from kivi_jax.models.registry import Params
 from kivi_jax.sampling import Sampler
 
@@ -23,9 +24,16 @@ def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "
         ValueError: `kv` is unknown or does not fit the model, or `batch` or `capacity` is not positive.
     """
     model = params.config
-    config = resolve_kv(kv, model.head_dim)
+    config = resolve_kv(kv, model.head_dim, model.num_layers)
     return empty_state(
-        model.num_layers, batch, model.num_kv_heads, capacity, model.head_dim, config, params.dtype
+        model.num_layers,
+        batch,
+        model.num_kv_heads,
+        capacity,
+        model.head_dim,
+        config,
+        params.dtype,
+        model.sliding_windows,
     )
 
 
@@ -47,23 +55,76 @@ def prefill(
     Raises:
         ValueError: the shapes of `tokens`, `lengths` and `state` don't fit together.
     """
-    batch, length = tokens.shape
-    if lengths.shape != (batch,) or state.lengths.shape != (batch,):
+    _check_chunk(tokens, lengths, state)
+    if tokens.shape[1] > state.capacity:
+        raise ValueError(f"{tokens.shape[1]} prompt tokens exceed the state's capacity of {state.capacity}")
+    slopes = params.config.alibi_slopes
+
+    def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
+        out = prefill_attention(q, k, v, layer.sliding_window, slopes)
+        return out, layer.store_prompt(k, v, lengths)
+
+    logits, layers = _run_chunk(params, tokens, jnp.zeros_like(lengths), lengths, state, attend)
+    return logits, dataclasses.replace(state, lengths=lengths.astype(jnp.int32), layers=layers)
+
+
+@jax.jit
+def extend(
+    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], state: KVState
+) -> tuple[Float[Array, "B vocab"], KVState]:
+    """Appends a chunk of tokens to every row: a further turn of a conversation, or the next piece of a long prompt.
+
+    The new tokens attend each other exactly, and what the state stores as it stores it. So after chunks the state is
+    what one prefill of all the tokens leaves, but for what attending quantized keys and values changes in later layers.
+
+    Args:
+        params: the model.
+        tokens: new tokens, right-padded with any token.
+        lengths: the real new tokens of each row, 0 to T.
+        state: a state for B rows with room for them; in your own `jax.jit`, donate it.
+
+    Returns:
+        The float32 logits of each row's last new token, which mean nothing for rows without any, and the state.
+
+    Raises:
+        ValueError: the shapes of `tokens`, `lengths` and `state` don't fit together.
+    """
+    _check_chunk(tokens, lengths, state)
+    slopes = params.config.alibi_slopes
+
+    def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
+        out = chunk_attention(q, k, v, layer, state.lengths, slopes)
+        counts = jnp.where(after(lengths > 0, out), lengths, 0)
+        return out, layer.append_chunk(k, v, state.lengths, counts)
+
+    logits, layers = _run_chunk(params, tokens, state.lengths, lengths, state, attend)
+    return logits, dataclasses.replace(state, lengths=state.lengths + lengths, layers=layers)
+
+
+def _check_chunk(tokens: Array, lengths: Array, state: KVState) -> None:
+    batch = tokens.shape[:1]
+    if tokens.ndim != 2 or lengths.shape != batch or state.lengths.shape != batch:
         raise ValueError(
             f"tokens {tokens.shape}, lengths {lengths.shape} and state.lengths {state.lengths.shape} "
             f"must agree on the batch"
         )
-    if length > state.capacity:
-        raise ValueError(f"{length} prompt tokens exceed the state's capacity of {state.capacity}")
 
-    def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
-        return prefill_attention(q, k, v), store_prompt(layer, k, v, lengths, state.config)
 
+def _run_chunk(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    state: KVState,
+    attend: Attend,
+) -> tuple[Float[Array, "B vocab"], tuple[Layer, ...]]:
+    """Logits of each row's last real token, and the layers as `attend` left them."""
+    last = jnp.maximum(counts - 1, 0)[:, None]
+    # Padding repeats the last position, so that the largest one tells a row's length (dynamic RoPE depends on it).
+    positions = starts[:, None] + jnp.minimum(jnp.arange(tokens.shape[1]), last)
     model = params.model()
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     hidden, layers = model(tokens, positions, state.layers, attend)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last), dataclasses.replace(state, lengths=lengths.astype(jnp.int32), layers=layers)
+    return model.logits(jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]), layers
 
 
 @jax.jit
@@ -97,8 +158,8 @@ def decode_step(
 
     def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
         q, k, v = q[:, 0], k[:, 0], v[:, 0]
-        out = decode_attention(q, k, v, layer, attended_lengths, state.config)
-        return out[:, None], append_token(layer, k, v, state.lengths, after(active, out), state.config)
+        out = decode_attention(q, k, v, layer, attended_lengths, params.config.alibi_slopes)
+        return out[:, None], layer.append_token(k, v, state.lengths, after(active, out))
 
     model = params.model()
     hidden, layers = model(tokens[:, None], state.lengths[:, None], state.layers, attend)

@@ -95,7 +95,7 @@ def stream(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit 64 bits, got {seed}")
-    config = resolve_kv(kv, params.config.head_dim)
+    config = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
     sampler = make_sampler(temperature, top_k, top_p)
     stops = check_stops(params, stop)
     ids = encode(params, [prompts] if isinstance(prompts, str) else prompts)

@@ -115,6 +115,14 @@ class LlamaConfig:
             tied_head=fields.get("tie_word_embeddings", False),
         )
 
+    @property
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        return (None,) * self.num_layers
+
+    @property
+    def alibi_slopes(self) -> tuple[float, ...] | None:
+        return None
+
     def inverse_frequencies(self) -> Float[Array, " half_dim"]:
         """Rotation per position of each pair of channels, in radians."""
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from kivi_jax.attention import decode_attention
 from kivi_jax.kv.config import resolve_kv
-from kivi_jax.kv.state import empty_state, kv_bytes, store_prompt
+from kivi_jax.kv.state import empty_state, kv_bytes
 
 Call = Callable[[], Array]
 
@@ -28,13 +28,11 @@ Call = Callable[[], Array]
 def layer_call(kv: str, q: Array, k: Array, v: Array) -> tuple[Call, int]:
     """A call of decode attention over a layer that holds the prompt k, v `[B, T, H, D]`, and the layer's bytes."""
     batch, length, heads, head_dim = k.shape
-    config = resolve_kv(kv, head_dim)
+    config = resolve_kv(kv, head_dim, 1)
     lengths = jnp.full(batch, length, jnp.int32)
-    store = jax.jit(store_prompt, static_argnames="config")
     state = empty_state(1, batch, heads, length, head_dim, config, k.dtype)
-    layer = store(state.layers[0], k, v, lengths, config=config)
-    attend = jax.jit(decode_attention, static_argnames="config")
-    return functools.partial(attend, q, k[:, 0], v[:, 0], layer, lengths, config=config), kv_bytes(layer)
+    layer = jax.jit(type(state.layers[0]).store_prompt)(state.layers[0], k, v, lengths)
+    return functools.partial(jax.jit(decode_attention), q, k[:, 0], v[:, 0], layer, lengths), kv_bytes(layer)
 
 
 @jax.jit

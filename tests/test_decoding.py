@@ -1,7 +1,5 @@
 """The loops against the original's rules, and rows against themselves alone."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -62,8 +60,9 @@ def test_replays_the_original_rules(tmp_path, config):
 
 def assert_replays(logits, tensors, config, chunks, message):
     """The logits after each chunk are those of the original's rules; where those leave a code open, with either."""
+    kivi = {name: value for name, value in vars(config).items() if name != "overrides"}
     for nudge in (0, 2e-5, -2e-5):
-        original = NumpyLlama(tensors, TINY, **dataclasses.asdict(config), nudge=nudge)
+        original = NumpyLlama(tensors, TINY, **kivi, nudge=nudge)
         expected = np.stack([original.run(chunk) for chunk in chunks])
         if np.allclose(logits, expected, rtol=0, atol=2e-4):
             return

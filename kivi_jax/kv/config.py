@@ -1,6 +1,7 @@
-"""How the key-value state is stored: bits, group size and exact window."""
+"""How the key-value state is stored: bits, group size, exact tokens and exact layers."""
 
 import dataclasses
+from typing import Any
 
 UNQUANTIZED_BITS = 16  # stands for the activation dtype, whatever that is
 
@@ -15,6 +16,10 @@ class KVConfig:
         group_size: values that share one scale and one zero, consecutive tokens of a channel for keys and
             consecutive channels of a token for values. It must divide the model's `head_dim`.
         residual_length: number of newest tokens whose values stay exact, a multiple of `group_size`.
+        sink_tokens: number of first tokens that stay exact for good, at most `residual_length`. Models send much of
+            their attention there ("attention sinks"), and their keys would widen the range of their groups.
+        overrides: layers stored in another way, as `{layer: name or KVConfig}`; -1 is the last layer. Kept as a sorted
+            tuple of pairs.
 
     Raises:
         ValueError: the fields do not fit together.
@@ -24,11 +29,15 @@ class KVConfig:
     value_bits: int
     group_size: int = 32
     residual_length: int = 128
+    sink_tokens: int = 0
+    overrides: Any = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", _read_overrides(self.overrides))
         bits = self.bits
-        if not all(isinstance(size, int) for size in (*bits, self.group_size, self.residual_length)):
-            raise ValueError(f"the fields of a KVConfig are whole numbers, got {self}")
+        sizes = (*bits, self.group_size, self.residual_length, self.sink_tokens)
+        if not all(isinstance(size, int) for size in sizes):
+            raise ValueError(f"the sizes in a KVConfig are whole numbers, got {self}")
         if bits == (UNQUANTIZED_BITS, UNQUANTIZED_BITS):
             return
         if not set(bits) <= {2, 4}:
@@ -48,6 +57,10 @@ class KVConfig:
                 f"residual_length must be a multiple of {32 // min(bits)} tokens, which fill one 32-bit word "
                 f"at {min(bits)} bits, got {self.residual_length}"
             )
+        if not 0 <= self.sink_tokens <= self.residual_length:
+            raise ValueError(
+                f"sink_tokens must be from 0 to residual_length {self.residual_length}, got {self.sink_tokens}"
+            )
 
     @property
     def bits(self) -> tuple[int, int]:
@@ -63,21 +76,54 @@ class KVConfig:
             return float(UNQUANTIZED_BITS)
         return (self.key_bits + self.value_bits) / 2 + 32 / self.group_size
 
+    def of_layers(self, num_layers: int) -> tuple["KVConfig", ...]:
+        """The configuration of every layer, none of which has overrides.
 
+        Raises:
+            ValueError: an override is for a layer that the model does not have, or two are for the same.
+        """
+        layers = [dataclasses.replace(self, overrides=())] * num_layers
+        overridden: set[int] = set()
+        for index, config in self.overrides:
+            if not -num_layers <= index < num_layers:
+                raise ValueError(f"overrides name layer {index} of a model with {num_layers} layers")
+            if index % num_layers in overridden:
+                raise ValueError(f"overrides name layer {index % num_layers} twice")
+            overridden.add(index % num_layers)
+            layers[index] = config
+        return tuple(layers)
+
+
+def _read_overrides(overrides: Any) -> tuple[tuple[int, KVConfig], ...]:
+    pairs = []
+    for index, kv in sorted(dict(overrides).items()):
+        config = PRESETS.get(kv) if isinstance(kv, str) else kv
+        if not isinstance(index, int) or not isinstance(config, KVConfig) or config.overrides:
+            raise ValueError(
+                f"overrides map a layer's index to one of {', '.join(map(repr, PRESETS))} or a KVConfig "
+                f"without overrides, got {index!r}: {kv!r}"
+            )
+        pairs.append((index, config))
+    return tuple(pairs)
+
+
+_EXACT = KVConfig(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
 PRESETS = {
-    "bf16": KVConfig(UNQUANTIZED_BITS, UNQUANTIZED_BITS),
+    "bf16": _EXACT,
     "kivi4": KVConfig(4, 4),
     "kivi-k4v2": KVConfig(4, 2),
     "kivi-k2v4": KVConfig(2, 4),
     "kivi2": KVConfig(2, 2),
+    "kivi2-sinks": KVConfig(2, 2, sink_tokens=32),
+    "kivi2-edges": KVConfig(2, 2, overrides={0: _EXACT, -1: _EXACT}),
 }
 
 
-def resolve_kv(kv: str | KVConfig, head_dim: int) -> KVConfig:
-    """The configuration that `kv` names, checked against a model's `head_dim`.
+def resolve_kv(kv: str | KVConfig, head_dim: int, num_layers: int) -> KVConfig:
+    """The configuration that `kv` names, checked against a model's `head_dim` and number of layers.
 
     Raises:
-        ValueError: an unknown name, or a group size that does not divide `head_dim`.
+        ValueError: an unknown name, a group size that does not divide `head_dim`, or an override without a layer.
     """
     if isinstance(kv, str) and kv in PRESETS:
         config = PRESETS[kv]
@@ -85,6 +131,12 @@ def resolve_kv(kv: str | KVConfig, head_dim: int) -> KVConfig:
         config = kv
     else:
         raise ValueError(f"kv must be one of {', '.join(map(repr, PRESETS))} or a KVConfig, got {kv!r}")
+    for layer in config.of_layers(num_layers):
+        _check_head_dim(layer, head_dim)
+    return config
+
+
+def _check_head_dim(config: KVConfig, head_dim: int) -> None:
     if config.quantized and head_dim % config.group_size:
         raise ValueError(
             f"group_size {config.group_size} does not divide the model's head_dim {head_dim}; "
@@ -95,4 +147,3 @@ def resolve_kv(kv: str | KVConfig, head_dim: int) -> KVConfig:
             f"residual_length {config.residual_length} must be a multiple of {64 // min(config.bits)} tokens "
             f"at {min(config.bits)} bits for a head_dim of 64, two of whose word rows share one"
         )
-    return config

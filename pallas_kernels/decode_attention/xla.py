@@ -1,5 +1,6 @@
-"""Decode attention in plain XLA operations: the reference, for every device."""
+"""Attention of new tokens over stored ones in plain XLA operations: the reference, for every device."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.kv.config import KVConfig
+from kivi_jax.kv.buffers import newest_in_ring
+from kivi_jax.kv.dense import DenseLayer
 from kivi_jax.kv.quantize import (
     KEY_TOKEN_AXES,
     VALUE_TOKEN_AXES,
@@ -15,12 +17,14 @@ from kivi_jax.kv.quantize import (
     dequantize_keys,
     dequantize_values,
 )
-from kivi_jax.kv.state import DenseLayer, QuantizedLayer
+from kivi_jax.kv.quantized import QuantizedLayer
+from kivi_jax.kv.state import Layer
+from kivi_jax.pallas_kernels.alibi import alibi_bias
 
 # Unpacked float32 bytes of one block of the packed region: small enough to stay in a CPU core's second-level cache.
 BLOCK_BYTES = 2 * 2**20
-
-MASKED = -jnp.inf
+# Unquantized tokens that several new ones attend at a time, so that no matrix of all their scores exists.
+EXACT_BLOCK = 256
 
 
 class OnlineSoftmax(NamedTuple):
@@ -30,120 +34,203 @@ class OnlineSoftmax(NamedTuple):
     denominator: Float[Array, "B H rows"]
     weighted: Float[Array, "B H rows D"]
 
-    def rescale(
-        self, scores: Float[Array, "B H rows T"]
-    ) -> tuple[Float[Array, "B H rows T"], "OnlineSoftmax"]:
-        """Unnormalised probabilities of `scores`, and the sums so far with the probabilities counted in.
-
-        The caller adds their weighted values to `weighted`.
-        """
+    def add(self, scores: Float[Array, "B H rows T"], values: Float[Array, "B H T D"]) -> "OnlineSoftmax":
+        """With T more scores, of which -inf don't count, and their values, to whose dtype probabilities are rounded."""
         maximum = jnp.maximum(self.maximum, scores.max(-1))
         shrink = jnp.exp(self.maximum - maximum)
         probabilities = jnp.exp(scores - maximum[..., None])
         denominator = self.denominator * shrink + probabilities.sum(-1)
-        return probabilities, OnlineSoftmax(maximum, denominator, self.weighted * shrink[..., None])
+        weighted = jnp.einsum(
+            "bhrt,bhtd->bhrd",
+            probabilities.astype(values.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )
+        return OnlineSoftmax(maximum, denominator, self.weighted * shrink[..., None] + weighted)
 
-    def add(self, weighted: Float[Array, "B H rows D"]) -> "OnlineSoftmax":
-        return self._replace(weighted=self.weighted + weighted)
+    def result(self) -> Float[Array, "B H rows D"]:
+        return self.weighted / self.denominator[..., None]
 
 
-def quantized_decode_attention(
-    q: Float[Array, "B Hq D"],
-    k: Float[Array, "B H D"],
-    v: Float[Array, "B H D"],
-    layer: QuantizedLayer,
+class Queries(NamedTuple):
+    """Queries grouped by the KV head they share: a row for every new token and, within it, every query head."""
+
+    vectors: Float[Array, "B H rows D"]  # times 1/√D, float32
+    positions: Int[Array, "B rows"]
+    sliding_window: int | None
+    alibi_slopes: Sequence[float] | None
+
+    @classmethod
+    def group(
+        cls,
+        q: Float[Array, "B T Hq D"],
+        num_kv_heads: int,
+        lengths: Int[Array, " B"],
+        sliding_window: int | None,
+        alibi_slopes: Sequence[float] | None,
+    ) -> "Queries":
+        batch, new, heads, head_dim = q.shape
+        shared = heads // num_kv_heads
+        vectors = q.reshape(batch, new, num_kv_heads, shared, head_dim).swapaxes(1, 2)
+        vectors = vectors.reshape(batch, num_kv_heads, new * shared, head_dim).astype(jnp.float32)
+        positions = jnp.repeat(lengths[:, None] + jnp.arange(new), shared, axis=1)
+        return cls(vectors * head_dim**-0.5, positions, sliding_window, alibi_slopes)
+
+    def ungroup(self, out: Float[Array, "B H rows D"], new: int) -> Float[Array, "B T Hq D"]:
+        batch, num_kv_heads, rows, head_dim = out.shape
+        split = out.reshape(batch, num_kv_heads, new, rows // new, head_dim)
+        return split.swapaxes(1, 2).reshape(batch, new, -1, head_dim)
+
+    def scores(
+        self, keys: Float[Array, "B H T D"], tokens: Int[Array, "B T"], live: Bool[Array, "B #rows T"]
+    ) -> Float[Array, "B H rows T"]:
+        """Of the keys of `tokens`, -inf where they are not `live` or lie outside the sliding window."""
+        scores = jnp.einsum(
+            "bhrd,bhtd->bhrt", self.vectors.astype(keys.dtype), keys, preferred_element_type=jnp.float32
+        )
+        if self.alibi_slopes is not None:
+            batch, num_kv_heads, rows, head_dim = self.vectors.shape
+            bias = alibi_bias(self.alibi_slopes, tokens, head_dim)
+            bias = bias.reshape(batch, num_kv_heads, -1, tokens.shape[-1])
+            scores = scores + jnp.tile(bias, (1, 1, rows // bias.shape[2], 1))
+        if self.sliding_window is not None:
+            live = live & (tokens[:, None] > self.positions[..., None] - self.sliding_window)
+        return jnp.where(live[:, None], scores, -jnp.inf)
+
+
+def stored_attention(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    layer: Layer,
     lengths: Int[Array, " B"],
-    config: KVConfig,
-) -> Float[Array, "B Hq D"]:
-    """Attention of one new token a row over the packed blocks, the ring and the token itself."""
-    queries = _scaled_queries(q, k.shape[1])
+    alibi_slopes: Sequence[float] | None = None,
+) -> Float[Array, "B T Hq D"]:
+    """Attention of T new tokens a row over those that `layer` stores, the new ones before them, and themselves."""
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    new = k.shape[2]
+    queries = Queries.group(q, k.shape[1], lengths, layer.sliding_window, alibi_slopes)
+    sums = _attend_new(queries, k, v)
+    if isinstance(layer, DenseLayer):
+        sums = _attend_dense(sums, queries, layer, lengths, block=layer.slots if new == 1 else EXACT_BLOCK)
+    else:
+        sums = _attend_exact(sums, queries, layer, lengths)
+        sums = _attend_packed(sums, queries, layer, lengths)
+    return queries.ungroup(sums.result(), new).astype(q.dtype)
+
+
+def _attend_new(queries: Queries, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]) -> OnlineSoftmax:
+    """The new tokens: first each itself, which gives the sums a finite maximum, then those before it."""
+    batch, num_kv_heads, new, head_dim = k.shape
+    rows = queries.vectors.shape[2]
+    shared = rows // new
+    tokens = queries.positions[:, ::shared]
+    own = jnp.einsum(
+        "bhtrd,bhtd->bhtr",
+        queries.vectors.reshape(batch, num_kv_heads, new, shared, head_dim),
+        k.astype(jnp.float32),
+    )
+    if queries.alibi_slopes is not None:
+        bias = alibi_bias(queries.alibi_slopes, tokens, head_dim)
+        own = own + bias.reshape(batch, num_kv_heads, shared, new).swapaxes(2, 3)
     sums = OnlineSoftmax(
-        maximum=jnp.einsum("bhrd,bhd->bhr", queries, k.astype(jnp.float32)),
-        denominator=jnp.ones(queries.shape[:-1]),
-        weighted=jnp.broadcast_to(v[:, :, None].astype(jnp.float32), queries.shape),
+        maximum=own.reshape(batch, num_kv_heads, rows),
+        denominator=jnp.ones((batch, num_kv_heads, rows)),
+        weighted=jnp.repeat(v.astype(jnp.float32), shared, axis=2),
     )
-    sums = _attend_ring(sums, queries, layer, lengths)
-    sums = _attend_packed(sums, queries, layer, lengths, config)
-    return (sums.weighted / sums.denominator[..., None]).reshape(q.shape).astype(q.dtype)
+    if new == 1:
+        return sums
+
+    def attend(sums: OnlineSoftmax, start: Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
+        keys, values, at = (
+            jax.lax.dynamic_slice_in_dim(x, start, fresh.size, axis)
+            for x, axis in ((k, 2), (v, 2), (tokens, 1))
+        )
+        before = fresh & (at[:, None] < queries.positions[..., None])
+        return sums.add(queries.scores(keys, at, before), values)
+
+    return _over_blocks(attend, sums, new, new, min(EXACT_BLOCK, new))
 
 
-def dense_decode_attention(
-    q: Float[Array, "B Hq D"],
-    k: Float[Array, "B H D"],
-    v: Float[Array, "B H D"],
-    layer: DenseLayer,
-    lengths: Int[Array, " B"],
-) -> Float[Array, "B Hq D"]:
-    """Attention of one new token a row over an unquantized layer and the token itself.
-
-    Matrix products run in the activation dtype and sum in float32; the softmax is float32.
-    """
-    queries = _scaled_queries(q, k.shape[1])
-    stored = jnp.einsum(
-        "bhrd,bhtd->bhrt", queries.astype(q.dtype), layer.k, preferred_element_type=jnp.float32
-    )
-    stored = _mask(stored, jnp.arange(layer.k.shape[2]) < lengths[:, None])
-    own = jnp.einsum("bhrd,bhd->bhr", queries, k.astype(jnp.float32))[..., None]
-    probabilities = jax.nn.softmax(jnp.concatenate([stored, own], axis=-1), axis=-1)
-    out = jnp.einsum(
-        "bhrt,bhtd->bhrd",
-        probabilities[..., :-1].astype(q.dtype),
-        layer.v,
-        preferred_element_type=jnp.float32,
-    )
-    out = out + probabilities[..., -1:] * v[:, :, None].astype(jnp.float32)
-    return out.reshape(q.shape).astype(q.dtype)
-
-
-def _scaled_queries(q: Float[Array, "B Hq D"], num_kv_heads: int) -> Float[Array, "B H rows D"]:
-    """Queries grouped by the KV head they share, times 1/√D, float32."""
-    batch, _, head_dim = q.shape
-    return q.reshape(batch, num_kv_heads, -1, head_dim).astype(jnp.float32) * head_dim**-0.5
-
-
-def _mask(scores: Float[Array, "B H rows T"], kept: Bool[Array, "B T"]) -> Float[Array, "B H rows T"]:
-    return jnp.where(kept[:, None, None, :], scores, MASKED)
-
-
-def _attend_ring(
-    sums: OnlineSoftmax, queries: Float[Array, "B H rows D"], layer: QuantizedLayer, lengths: Int[Array, " B"]
+def _attend_dense(
+    sums: OnlineSoftmax, queries: Queries, layer: DenseLayer, lengths: Int[Array, " B"], block: int
 ) -> OnlineSoftmax:
-    """All slots are live once a row has R tokens; before that, the first ones."""
-    slots = jnp.arange(layer.window_k.shape[2])
-    scores = jnp.einsum("bhrd,bhtd->bhrt", queries, layer.window_k.astype(jnp.float32))
-    probabilities, sums = sums.rescale(_mask(scores, slots < lengths[:, None]))
-    return sums.add(jnp.einsum("bhrt,bhtd->bhrd", probabilities, layer.window_v.astype(jnp.float32)))
+    """Products run in the activation dtype and sum in float32."""
+    tokens = newest_in_ring(lengths, layer.slots)
+
+    def attend(sums: OnlineSoftmax, start: Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
+        keys, values, at = (
+            jax.lax.dynamic_slice_in_dim(x, start, fresh.size, axis)
+            for x, axis in ((layer.k, 2), (layer.v, 2), (tokens, 1))
+        )
+        return sums.add(queries.scores(keys, at, (fresh & (at >= 0))[:, None]), values)
+
+    if block >= layer.slots:
+        return attend(sums, jnp.int32(0), jnp.ones(layer.slots, bool))
+    return _over_blocks(attend, sums, jnp.minimum(lengths.max(), layer.slots), layer.slots, block)
+
+
+def _attend_exact(
+    sums: OnlineSoftmax, queries: Queries, layer: QuantizedLayer, lengths: Int[Array, " B"]
+) -> OnlineSoftmax:
+    """The ring, and the sinks where there are any."""
+    config = layer.config
+    tokens = newest_in_ring(lengths, config.residual_length)
+    scores = queries.scores(
+        layer.window_k.astype(jnp.float32), tokens, (tokens >= config.sink_tokens)[:, None]
+    )
+    sums = sums.add(scores, layer.window_v.astype(jnp.float32))
+    if not config.sink_tokens:
+        return sums
+    tokens = jnp.broadcast_to(jnp.arange(config.sink_tokens), (lengths.size, config.sink_tokens))
+    scores = queries.scores(layer.sink_k.astype(jnp.float32), tokens, (tokens < lengths[:, None])[:, None])
+    return sums.add(scores, layer.sink_v.astype(jnp.float32))
 
 
 def _attend_packed(
-    sums: OnlineSoftmax,
-    queries: Float[Array, "B H rows D"],
-    layer: QuantizedLayer,
-    lengths: Int[Array, " B"],
-    config: KVConfig,
+    sums: OnlineSoftmax, queries: Queries, layer: QuantizedLayer, lengths: Int[Array, " B"]
 ) -> OnlineSoftmax:
     """Tokens t < length - R, one block dequantized at a time, up to the longest row."""
-    batch, num_kv_heads, _, head_dim = queries.shape
+    config = layer.config
+    batch, num_kv_heads, _, head_dim = queries.vectors.shape
     residual = config.residual_length
-    capacity = layer.v_scale.shape[-1]
+    capacity = layer.blocks * residual
     packed_lengths = jnp.maximum(lengths - residual, 0)
+    stored_blocks = newest_in_ring(lengths // residual, layer.blocks)
     # Whole rings to a block keep words and groups whole, also where the last block starts early to stay inside.
     fitting = BLOCK_BYTES // (batch * num_kv_heads * head_dim * 4)
     block = min(max(fitting // residual, 1) * residual, capacity)
 
-    def attend_block(i: Array, sums: OnlineSoftmax) -> OnlineSoftmax:
-        start = jnp.minimum(i * block, capacity - block)
-        tokens = start + jnp.arange(block)
-        new = (tokens >= i * block) & (tokens < packed_lengths[:, None])
+    def attend(sums: OnlineSoftmax, start: Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
+        rings = jax.lax.dynamic_slice_in_dim(stored_blocks, start // residual, block // residual, axis=1)
+        tokens = (rings[..., None] * residual + jnp.arange(residual)).reshape(batch, block)
+        live = fresh & (tokens >= config.sink_tokens) & (tokens < packed_lengths[:, None])
         packed_k = _slice(layer.keys, KEY_TOKEN_AXES, start, block, capacity)
         packed_v = _slice(layer.values, VALUE_TOKEN_AXES, start, block, capacity)
         keys = dequantize_keys(packed_k, config.key_bits, config.group_size)
         values = dequantize_values(packed_v, config.value_bits, config.group_size)
-        scores = jnp.einsum("bhrd,bhtd->bhrt", queries, keys)
-        probabilities, sums = sums.rescale(_mask(scores, new))
-        return sums.add(jnp.einsum("bhrt,bhtd->bhrd", probabilities, values))
+        return sums.add(queries.scores(keys, tokens, live[:, None]), values)
 
-    return jax.lax.fori_loop(0, -(-packed_lengths.max() // block), attend_block, sums)
+    return _over_blocks(attend, sums, jnp.minimum(packed_lengths.max(), capacity), capacity, block)
+
+
+def _over_blocks(
+    attend: Callable[[OnlineSoftmax, Array, Array], OnlineSoftmax],
+    sums: OnlineSoftmax,
+    used: int | Array,
+    size: int,
+    block: int,
+) -> OnlineSoftmax:
+    """Calls `attend(sums, start, fresh)` for blocks of `block` places until the first `used` of `size` are covered.
+
+    The last block starts early to stay inside; `fresh` are the places that no block had before.
+    """
+
+    def step(i: Array, sums: OnlineSoftmax) -> OnlineSoftmax:
+        start = jnp.minimum(i * block, size - block)
+        return attend(sums, start, start + jnp.arange(block) >= i * block)
+
+    return jax.lax.fori_loop(0, -(-used // block), step, sums)
 
 
 def _slice(packed: Quantized, axes: tuple[int, ...], start: Array, tokens: int, capacity: int) -> Quantized:

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from kivi_jax.kv import KVConfig, dequantize_keys, dequantize_values, kv_bytes
+from kivi_jax.kv.buffers import select_ring_tokens, set_tokens
 from kivi_jax.kv.config import PRESETS
-from kivi_jax.kv.state import (
-    _select_ring_tokens,
-    _set_tokens,
-    advance,
-    append_token,
-    empty_state,
-    store_prompt,
-)
+from kivi_jax.kv.state import advance, empty_state
 from tests.numpy_kivi import fake_quantize
 
 HEADS = 2
@@ -31,9 +25,8 @@ def random_kv(batch, length, head_dim):
 def fill(config, k, v, lengths, until):
     """Prompts of `lengths`, then one token at a time until every row has `until` tokens."""
     state = empty_state(1, k.shape[0], HEADS, k.shape[1], k.shape[-1], config, k.dtype)
-    layer = store_prompt(
-        state.layers[0], k[:, : max(lengths)], v[:, : max(lengths)], jnp.asarray(lengths), config
-    )
+    longest = max(lengths)
+    layer = state.layers[0].store_prompt(k[:, :longest], v[:, :longest], jnp.asarray(lengths))
     state = type(state)(jnp.asarray(lengths), (layer,), config, state.capacity)
 
     @jax.jit
@@ -41,7 +34,7 @@ def fill(config, k, v, lengths, until):
         active = state.lengths < until
         rows = jnp.arange(k.shape[0])
         token = jnp.minimum(state.lengths, k.shape[1] - 1)
-        layer = append_token(state.layers[0], k[rows, token], v[rows, token], state.lengths, active, config)
+        layer = state.layers[0].append_token(k[rows, token], v[rows, token], state.lengths, active)
         return advance(type(state)(state.lengths, (layer,), config, state.capacity), active)
 
     for _ in range(until - min(lengths)):
@@ -106,8 +99,8 @@ def test_empty_batch_or_capacity_is_refused(batch, capacity):
 def test_ways_to_write_into_a_ring_agree():
     ring, tokens = jnp.zeros((4, 2, 32, 8)), jnp.arange(64.0).reshape(4, 2, 8) + 1
     slots, active = jnp.asarray([0, 31, 7, 7]), jnp.asarray([True, True, False, True])
-    selected = _select_ring_tokens(ring, tokens, slots, active)
-    np.testing.assert_array_equal(selected, _set_tokens(ring, tokens, slots, active))
+    selected = select_ring_tokens(ring, tokens, slots, active)
+    np.testing.assert_array_equal(selected, set_tokens(ring, tokens, slots, active))
     assert int((selected != 0).sum()) == 3 * 2 * 8
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kivi_jax.kv import KVConfig, dequantize_keys, dequantize_values
 from kivi_jax.kv.config import PRESETS
-from kivi_jax.kv.state import empty_state, store_prompt
+from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import xla
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 
@@ -22,8 +22,8 @@ def stored_layer(config, batch, heads, head_dim, lengths, capacity, dtype=jnp.fl
         head_dim
     )
     state = empty_state(1, batch, heads, capacity, head_dim, config, dtype)
-    return store_prompt(
-        state.layers[0], jnp.asarray(k, dtype), jnp.asarray(v, dtype), jnp.asarray(lengths, jnp.int32), config
+    return state.layers[0].store_prompt(
+        jnp.asarray(k, dtype), jnp.asarray(v, dtype), jnp.asarray(lengths, jnp.int32)
     )
 
 
@@ -60,9 +60,7 @@ def check(config, query_heads, heads, head_dim, lengths, capacity, dtype=jnp.flo
     generator = np.random.default_rng(1)
     q = jnp.asarray(generator.standard_normal((batch, query_heads, head_dim)), dtype)
     k, v = jnp.asarray(generator.standard_normal((2, batch, heads, head_dim)), dtype)
-    out = jax.jit(decode_attention, static_argnames="config")(
-        q, k, v, layer, jnp.asarray(lengths, jnp.int32), config=config
-    )
+    out = jax.jit(decode_attention)(q, k, v, layer, jnp.asarray(lengths, jnp.int32))
     assert out.dtype == dtype
     expected = oracle(q, k, v, layer, lengths, config)
     for row in range(batch):
@@ -110,5 +108,5 @@ def test_work_ends_at_the_longest_row():
     layer = stored_layer(config, 1, 2, 128, [40], 4096)
     poisoned = dataclasses.replace(layer, v_scale=layer.v_scale.at[..., 2048:].set(jnp.nan))
     q = jnp.ones((1, 2, 128))
-    out = decode_attention(q, q, q, poisoned, jnp.asarray([40]), config)
+    out = decode_attention(q, q, q, poisoned, jnp.asarray([40]))
     assert np.isfinite(out).all()

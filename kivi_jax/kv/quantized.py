@@ -1,0 +1,316 @@
+"""Quantized keys and values of one layer.
+
+A layer of a row with L tokens (group size G, residual length R) holds
+
+- `window_k`, `window_v`: a ring of the last R tokens, token `t` in slot `t % R`;
+- packed blocks of R tokens each, for all t < L - L % R, keys and values alike, block `j` in slot `j % N` of N;
+- the first `sink_tokens` tokens once more, exactly, which are then read from nowhere else.
+
+Whenever L reaches a multiple of R the whole ring is quantized into the next packed block, and `window_k` is replaced by
+what that block decodes to. So a decode step finds keys quantized for t < L - L % R and exact after; it reads values
+from the packed blocks for t < L - R and from the ring, where they are exact, after. Those are KIVI's two boundaries.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kivi_jax.kv.buffers import (
+    newest_in_ring,
+    read_blocks,
+    set_ring_tokens,
+    take_tokens,
+    write,
+    write_blocks,
+    write_quantized,
+)
+from kivi_jax.kv.config import KVConfig
+from kivi_jax.kv.quantize import (
+    KEY_TOKEN_AXES,
+    VALUE_TOKEN_AXES,
+    Quantized,
+    dequantize_keys,
+    quantize_keys,
+    quantize_values,
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "k_codes",
+        "k_scale",
+        "k_zero",
+        "v_codes",
+        "v_scale",
+        "v_zero",
+        "window_k",
+        "window_v",
+        "sink_k",
+        "sink_v",
+    ],
+    meta_fields=["config", "sliding_window"],
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedLayer:
+    """Packed keys and values of one layer (see `Quantized`), the rings `[B, H, R, D]` of its newest tokens, and its
+    sinks `[B, H, sink_tokens, D]`, None if there are none.
+
+    With a sliding window, the packed blocks are a ring too: as many as the window can reach into, however long the row.
+    """
+
+    k_codes: Any
+    k_scale: Any
+    k_zero: Any
+    v_codes: Any
+    v_scale: Any
+    v_zero: Any
+    window_k: Any
+    window_v: Any
+    sink_k: Any
+    sink_v: Any
+    config: KVConfig
+    sliding_window: int | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: Any,
+        config: KVConfig,
+        sliding_window: int | None = None,
+    ) -> "QuantizedLayer":
+        residual = config.residual_length
+        blocks = capacity // residual
+        if sliding_window is not None:
+            # When block j is written, the next token attends the sliding_window - 1 tokens before it.
+            blocks = min(blocks, -(-(sliding_window - 1) // residual))
+        blocks = max(blocks, 1)  # so that there is something to slice
+        # A block is quantized in the abstract for its shapes.
+        ring = jax.ShapeDtypeStruct((batch, num_kv_heads, residual, head_dim), dtype)
+        packed_k = jax.eval_shape(lambda x: quantize_keys(x, config.key_bits, config.group_size), ring)
+        packed_v = jax.eval_shape(lambda x: quantize_values(x, config.value_bits, config.group_size), ring)
+        sinks = (batch, num_kv_heads, config.sink_tokens, head_dim)
+        return cls(
+            *_zero_blocks(packed_k, KEY_TOKEN_AXES, blocks),
+            *_zero_blocks(packed_v, VALUE_TOKEN_AXES, blocks),
+            jnp.zeros(ring.shape, dtype),
+            jnp.zeros(ring.shape, dtype),
+            jnp.zeros(sinks, dtype) if config.sink_tokens else None,
+            jnp.zeros(sinks, dtype) if config.sink_tokens else None,
+            config,
+            sliding_window,
+        )
+
+    @property
+    def keys(self) -> Quantized:
+        return Quantized(self.k_codes, self.k_scale, self.k_zero)
+
+    @property
+    def values(self) -> Quantized:
+        return Quantized(self.v_codes, self.v_scale, self.v_zero)
+
+    @property
+    def blocks(self) -> int:
+        """Packed blocks that a row can hold."""
+        return self.v_scale.shape[-1] // self.config.residual_length
+
+    def store_prompt(
+        self, k: Float[Array, "B T H D"], v: Float[Array, "B T H D"], lengths: Int[Array, " B"]
+    ) -> "QuantizedLayer":
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        residual, sinks = self.config.residual_length, self.config.sink_tokens
+        newest = newest_in_ring(lengths, residual)  # slots that no token reached yet hold any token
+        window_k, window_v = take_tokens(k, newest), take_tokens(v, newest)
+        keys, values = self.keys, self.values
+        if count := min(k.shape[2] // residual, self.blocks):
+            # Blocks that reach into a row's padding are written as well: the row's own flush replaces them before any
+            # read.
+            flushed = lengths // residual
+            if k.shape[2] // residual == count:
+                block_k, block_v = k[:, :, : count * residual], v[:, :, : count * residual]
+                block_k = self._without_sinks(block_k, jnp.arange(count * residual))
+            else:
+                of_slot = newest_in_ring(flushed, count)[..., None] * residual + jnp.arange(residual)
+                of_slot = jnp.maximum(of_slot.reshape(len(lengths), -1), 0)
+                block_k = self._without_sinks(take_tokens(k, of_slot), of_slot)
+                block_v = take_tokens(v, of_slot)
+            packed_k, packed_v = self._quantize(block_k, block_v)
+            keys = write_quantized(keys, packed_k, KEY_TOKEN_AXES, row=0, index=0)
+            values = write_quantized(values, packed_v, VALUE_TOKEN_AXES, row=0, index=0)
+            last = jnp.maximum(flushed - 1, 0) % count
+            window_k = self._with_flushed(window_k, packed_k, last, count, lengths, flushed)
+        sink_k, sink_v = self.sink_k, self.sink_v
+        if sinks:
+            sink_k = write(sink_k, k[:, :, :sinks], row=0, index=0, axis=-2)
+            sink_v = write(sink_v, v[:, :, :sinks], row=0, index=0, axis=-2)
+        return dataclasses.replace(
+            self._with_packed(keys, values),
+            window_k=window_k,
+            window_v=window_v,
+            sink_k=sink_k,
+            sink_v=sink_v,
+        )
+
+    def append_token(
+        self,
+        k: Float[Array, "B H D"],
+        v: Float[Array, "B H D"],
+        lengths: Int[Array, " B"],
+        active: Bool[Array, " B"],
+    ) -> "QuantizedLayer":
+        slots = lengths % self.config.residual_length
+        layer = dataclasses.replace(
+            self,
+            window_k=set_ring_tokens(self.window_k, k, slots, active),
+            window_v=set_ring_tokens(self.window_v, v, slots, active),
+        )
+        if not self.config.sink_tokens:
+            return layer
+        return dataclasses.replace(
+            layer,
+            sink_k=set_ring_tokens(self.sink_k, k, lengths, active),  # later tokens have no slot there
+            sink_v=set_ring_tokens(self.sink_v, v, lengths, active),
+        )
+
+    def flush(self, row: Array, length: Array) -> "QuantizedLayer":
+        """The ring of `row`, whole after `length` tokens, quantized into its packed block."""
+        residual = self.config.residual_length
+        start = length - residual
+        ring_k = jax.lax.dynamic_slice_in_dim(self.window_k, row, 1)
+        ring_v = jax.lax.dynamic_slice_in_dim(self.window_v, row, 1)
+        ring_k = self._without_sinks(ring_k, start + jnp.arange(residual))
+        packed_k, packed_v = self._quantize(ring_k, ring_v)
+        flushed_k = dequantize_keys(packed_k, self.config.key_bits, self.config.group_size)
+        slot = start // residual % self.blocks
+        layer = self._with_packed(
+            write_quantized(self.keys, packed_k, KEY_TOKEN_AXES, row, slot),
+            write_quantized(self.values, packed_v, VALUE_TOKEN_AXES, row, slot),
+        )
+        window_k = write(self.window_k, flushed_k.astype(ring_k.dtype), row, index=0, axis=-2)
+        return dataclasses.replace(layer, window_k=window_k)
+
+    def append_chunk(
+        self,
+        k: Float[Array, "B T H D"],
+        v: Float[Array, "B T H D"],
+        lengths: Int[Array, " B"],
+        counts: Int[Array, " B"],
+    ) -> "QuantizedLayer":
+        """Adds `counts` tokens to rows of `lengths`, and flushes as often as adding them one by one would."""
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        residual, length = self.config.residual_length, k.shape[2]
+        begun = lengths % residual  # tokens of the block in progress, which the ring holds exactly
+        start = lengths - begun
+        most = (residual - 1 + length) // residual  # blocks that a row can complete
+        # Tokens from the block in progress on, so that blocks are whole rings again.
+        places = jnp.arange((most + 1) * residual)
+        joined = jnp.where(
+            places < begun[:, None],
+            places,
+            jnp.minimum(residual + places - begun[:, None], residual + length - 1),
+        )
+        aligned_k = take_tokens(jnp.concatenate([self.window_k, k], axis=2), joined)
+        aligned_v = take_tokens(jnp.concatenate([self.window_v, v], axis=2), joined)
+
+        newest = newest_in_ring(begun + counts, residual)  # a negative place: the slot keeps its token
+        kept = (newest < 0)[:, None, :, None]
+        window_k = jnp.where(kept, self.window_k, take_tokens(aligned_k, newest))
+        window_v = jnp.where(kept, self.window_v, take_tokens(aligned_v, newest))
+        keys, values = self.keys, self.values
+        if most:
+            block_k = self._without_sinks(
+                aligned_k[:, :, : most * residual], start[:, None] + places[:-residual]
+            )
+            packed_k, packed_v = self._quantize(block_k, aligned_v[:, :, : most * residual])
+            flushed = (begun + counts) // residual
+            block = jnp.arange(most)
+            # Of blocks that would share a slot only the newest is written.
+            due = (block < flushed[:, None]) & (block >= flushed[:, None] - self.blocks)
+            slots = jnp.where(due, (start[:, None] // residual + block) % self.blocks, self.blocks)
+            keys = write_blocks(keys, packed_k, KEY_TOKEN_AXES, slots, self.blocks)
+            values = write_blocks(values, packed_v, VALUE_TOKEN_AXES, slots, self.blocks)
+            last = jnp.maximum(flushed - 1, 0)
+            window_k = self._with_flushed(window_k, packed_k, last, most, begun + counts, flushed)
+        layer = dataclasses.replace(self._with_packed(keys, values), window_k=window_k, window_v=window_v)
+        if not self.config.sink_tokens:
+            return layer
+        of_chunk = jnp.arange(self.config.sink_tokens) - lengths[:, None]
+        new = ((of_chunk >= 0) & (of_chunk < counts[:, None]))[:, None, :, None]
+        of_chunk = jnp.minimum(of_chunk, length - 1)
+        return dataclasses.replace(
+            layer,
+            sink_k=jnp.where(new, take_tokens(k, of_chunk), self.sink_k),
+            sink_v=jnp.where(new, take_tokens(v, of_chunk), self.sink_v),
+        )
+
+    def _quantize(
+        self, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]
+    ) -> tuple[Quantized, Quantized]:
+        config = self.config
+        return (
+            quantize_keys(k, config.key_bits, config.group_size),
+            quantize_values(v, config.value_bits, config.group_size),
+        )
+
+    def _with_packed(self, keys: Quantized, values: Quantized) -> "QuantizedLayer":
+        return dataclasses.replace(
+            self,
+            k_codes=keys.codes,
+            k_scale=keys.scale,
+            k_zero=keys.zero,
+            v_codes=values.codes,
+            v_scale=values.scale,
+            v_zero=values.zero,
+        )
+
+    def _with_flushed(
+        self,
+        window_k: Float[Array, "B H R D"],
+        packed_k: Quantized,
+        last: Int[Array, " B"],
+        count: int,
+        lengths: Int[Array, " B"],
+        flushed: Int[Array, " B"],
+    ) -> Float[Array, "B H R D"]:
+        """The ring whose slots of a flushed block hold what that decodes to: block `last` of the `count` in `packed_k`,
+        for rows that have `flushed` any of them.
+        """
+        decoded = dequantize_keys(
+            read_blocks(packed_k, KEY_TOKEN_AXES, last, count), self.config.key_bits, self.config.group_size
+        )
+        residual = self.config.residual_length
+        replaced = (jnp.arange(residual) >= (lengths % residual)[:, None]) & (flushed > 0)[:, None]
+        return jnp.where(replaced[:, None, :, None], decoded.astype(window_k.dtype), window_k)
+
+    def _without_sinks(
+        self, k: Float[Array, "B H T D"], tokens: Int[Array, "T"] | Int[Array, "B T"]
+    ) -> Float[Array, "B H T D"]:
+        """Keys of `tokens`, where the first token after the sinks stands in for those in its group, whose range
+        theirs would widen. A block that holds sinks begins with token 0.
+        """
+        sinks = self.config.sink_tokens
+        if not sinks:
+            return k
+        first = k[:, :, min(sinks, k.shape[2] - 1), None]
+        is_sink = (tokens < sinks).reshape(-1, 1, tokens.shape[-1], 1)
+        return jnp.where(is_sink, first, k)
+
+
+def _zero_blocks(block: Quantized, axes: tuple[int, ...], count: int) -> Quantized:
+    """Arrays for `count` blocks like `block`."""
+
+    def zeros(array: Array | jax.ShapeDtypeStruct, axis: int) -> Array:
+        shape = list(array.shape)
+        shape[axis] *= count
+        return jnp.zeros(shape, array.dtype)
+
+    return Quantized(*map(zeros, block, axes))

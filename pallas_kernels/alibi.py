@@ -1,0 +1,25 @@
+"""Linear position biases of attention scores (ALiBi, Press et al. 2022)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+
+def alibi_bias(
+    slopes: Sequence[float], tokens: Int[Array, "*batch T"], head_dim: int
+) -> Float[Array, "*batch Hq T"]:
+    """What is added to the scaled scores of the keys of `tokens`, one slope a query head, float32.
+
+    As Falcon was trained, slope, position and product are rounded to bfloat16, and the product is scaled by 1/√D like
+    q·k. The rounding is why the position counts from the row's first token, and not from the query.
+    """
+
+    def round_to_bfloat16(x: Array) -> Array:  # a cast there and back may be optimised away
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+    slope = round_to_bfloat16(jnp.asarray(slopes, jnp.float32))
+    position = round_to_bfloat16(tokens.astype(jnp.float32))
+    return round_to_bfloat16(slope[:, None] * position[..., None, :]) * head_dim**-0.5
