@@ -5,6 +5,7 @@ fields the defaults of transformers hold.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_local_experts": (None, 0),
     "n_routed_experts": (None, 0),
     "per_layer_config": (None, {}),
+    "rope_interleaved": (None, False),
     "apply_residual_connection_post_layernorm": (None, False),
     "is_causal": (None, True),
     "use_bidirectional_attention": (None, False),
@@ -40,7 +42,8 @@ def refuse_other_arithmetic(fields: Mapping[str, Any]) -> None:
     for name, neutral in NEUTRAL.items():
         if fields.get(name) not in neutral:
             raise ValueError(
-                f"config.json: {name} {fields[name]!r} is not supported; it would change what the model computes"
+                f"config.json: {name} {reprlib.repr(fields[name])} is not supported; "
+                "it would change what the model computes"
             )
 
 

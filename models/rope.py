@@ -56,10 +56,9 @@ class YarnRope:
     truncate: bool = True
 
     def rescale(self, frequencies: np.ndarray) -> np.ndarray:
-        kept, stretched = (
-            self._channel_of(self.beta_fast, frequencies),
-            self._channel_of(self.beta_slow, frequencies),
-        )
+        # Up to the first of these channels frequencies are kept, from the second on they are stretched.
+        kept = self._channel_of(self.beta_fast, frequencies)
+        stretched = self._channel_of(self.beta_slow, frequencies)
         if self.truncate:
             kept, stretched = math.floor(kept), math.ceil(stretched)
         kept, stretched = max(kept, 0), min(stretched, 2 * len(frequencies) - 1)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import kivi_jax
+import parity_report
 from parity_report import GOLDENS, Golden, equal_completions, error_alone, errors_cached, read_golden
 
 TOLERANCE = 1e-4
@@ -50,6 +51,15 @@ def test_prefill_and_every_decode_step(golden: Golden):
 
 def test_greedy_completions(golden: Golden):
     assert equal_completions(golden) == len(golden.prompts)
+
+
+def test_report_prints_a_row_a_checkpoint(tmp_path: Path, capsys, monkeypatch):
+    shutil.copytree(GOLDENS / "llama_mha", tmp_path / "some_llama")
+    monkeypatch.setattr("sys.argv", ["parity_report.py", "--folder", str(tmp_path)])
+    parity_report.main()
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("| `some_llama` | 7, 130, 1, 40 | 24 |")
+    assert row.endswith("| 4 of 4 |")
 
 
 def test_falcon_is_also_read_by_its_older_name_and_fields(tmp_path: Path):
