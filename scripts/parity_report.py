@@ -24,7 +24,7 @@ from kivi_jax.models.rope import DynamicRope
 GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "data"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Golden:
     """A checkpoint as loaded, and what transformers computed with it; see `scripts/make_goldens.py`."""
 
