@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from kivi_jax.models.registry import FAMILIES, Family, Params, abstract_model
+from kivi_jax.models.registry import FAMILIES, Config, Family, Params, Split, WeightRow, abstract_model
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -55,7 +55,7 @@ def load(name: str | Path, dtype: str = "bfloat16") -> Params:
         raise CheckpointError(f"{folder}: {error}") from None
     _, shapes = abstract_model(model_type, config, jnp.dtype(dtype))
     return Params(
-        weights=_load_weights(folder, family, shapes, dtype),
+        weights=_load_weights(folder, family, config, shapes, dtype),
         model_type=model_type,
         config=config,
         end_tokens=_end_tokens(folder, fields),
@@ -107,27 +107,32 @@ def _end_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(listed)
 
 
-def _load_weights(folder: Path, family: Family, shapes: Mapping[Any, Any], dtype: str) -> dict[Any, Any]:
+def _load_weights(
+    folder: Path, family: Family, config: Config, shapes: Mapping[Any, Any], dtype: str
+) -> dict[Any, Any]:
     """Every parameter of the module, converted tensor by tensor, after all names and shapes were checked."""
     expected = {_path(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    sources: dict[str, tuple[Path, str]] = {}
+    sources: dict[tuple[str, ...], tuple[Path, str, Any]] = {}
     problems = []
     for file in _weight_files(folder):
         for name, shape in _tensor_shapes(file):
-            target = _target(name, family.weights)
-            if target is None or target not in expected:
+            targets, split = _targets(name, family.weights)
+            if not targets or not expected.keys() >= set(targets):
                 # A tied head is sometimes saved a second time under its own name.
-                if not IGNORED.fullmatch(name) and target != "head.kernel":
+                if not IGNORED.fullmatch(name) and targets != ("head.kernel",):
                     problems.append(f"unexpected {name}")
                 continue
-            if shape != expected[target]:
-                problems.append(f"{name} has shape {shape}, expected {expected[target]}")
-            sources[target] = (file, name)
-    problems += [f"missing the tensor for {path}" for path in expected if path not in sources]
+            rows = sum(expected[target][0] for target in targets)
+            if shape != (whole := (rows, *expected[targets[0]][1:])):
+                problems.append(f"{name} has shape {shape}, expected {whole}")
+            sources[targets] = (file, name, split)
+    found = {target for targets in sources for target in targets}
+    problems += [f"missing the tensor for {path}" for path in expected if path not in found]
     if problems:
         raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  " + "\n  ".join(problems))
     weights: dict[Any, Any] = {}
-    for path, (file, name) in tqdm(sources.items(), desc="loading", unit="tensor", leave=False, disable=None):
+    bar = tqdm(sources.items(), desc="loading", unit="tensor", leave=False, disable=None)
+    for targets, (file, name, split) in bar:
         try:
             with safe_open(file, framework="np") as tensors:
                 tensor = tensors.get_tensor(name)
@@ -135,7 +140,9 @@ def _load_weights(folder: Path, family: Family, shapes: Mapping[Any, Any], dtype
             raise CheckpointError(f"{file}: {name} can't be read: {error}") from None
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise CheckpointError(f"{file}: {name} is {tensor.dtype}, expected floating point")
-        _insert(weights, path, jnp.asarray(tensor, dtype))
+        parts = (tensor,) if split is None else split(config, tensor)
+        for target, part in zip(targets, parts, strict=True):
+            _insert(weights, target, jnp.asarray(part, dtype))
     return weights
 
 
@@ -168,12 +175,13 @@ def _tensor_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         raise CheckpointError(f"{file} is damaged or cut short: {error}") from None
 
 
-def _target(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
-    """Parameter path of a checkpoint's tensor."""
-    for pattern, template in table:
+def _targets(name: str, table: tuple[WeightRow, ...]) -> tuple[tuple[str, ...], Split | None]:
+    """Parameter paths of a checkpoint's tensor, and what splits it where they are several."""
+    for pattern, paths, *split in table:
         if match := re.fullmatch(pattern, name):
-            return match.expand(template)
-    return None
+            templates = (paths,) if isinstance(paths, str) else paths
+            return tuple(match.expand(template) for template in templates), next(iter(split), None)
+    return (), None
 
 
 def _path(keys: tuple[Any, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Layers shared by the model families: rotary embeddings, grouped-query attention, SwiGLU."""
+"""Layers shared by the model families: linear layers, embeddings, grouped-query attention, SwiGLU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,30 +9,13 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from kivi_jax.models.rope import Angles, rotate
+
 # (q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, D], layer's KV) -> (attention output [B, T, Hq, D], new layer's KV).
 # The caller of a model decides what attention sees and what is stored; a model never touches the KV state itself.
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 normal_init = nnx.initializers.normal(0.02)
-
-
-def rotary_angles(
-    positions: Int[Array, "B T"], inverse_frequencies: Float[Array, " half_dim"]
-) -> tuple[Float[Array, "B T 1 half_dim"], Float[Array, "B T 1 half_dim"]]:
-    """Cosines and sines of the rotation angles, with an axis for the heads."""
-    angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "B T H D"],
-    angles: tuple[Float[Array, "B T 1 half_dim"], Float[Array, "B T 1 half_dim"]],
-) -> Float[Array, "B T H D"]:
-    """Rotary position embedding (Su et al. 2021) in the half-split order of Hugging Face checkpoints."""
-    cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -90,7 +73,13 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions; `attend` does the attention proper."""
+    """Grouped-query self-attention with rotary positions; `attend` does the attention proper.
+
+    Args:
+        bias: of the projections to queries, keys and values.
+        output_bias: of the projection back.
+        qk_norm: epsilon of an RMSNorm of each head's queries and keys, before they are rotated; None for no such norm.
+    """
 
     def __init__(
         self,
@@ -100,6 +89,8 @@ class Attention(nnx.Module):
         head_dim: int,
         *,
         bias: bool,
+        output_bias: bool,
+        qk_norm: float | None = None,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -107,22 +98,32 @@ class Attention(nnx.Module):
         self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias, dtype=dtype, rngs=rngs)
+        if qk_norm is not None:
+            self.q_norm = rms_norm(head_dim, qk_norm, dtype=dtype, rngs=rngs)
+            self.k_norm = rms_norm(head_dim, qk_norm, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T hidden"],
-        angles: tuple[Float[Array, "B T 1 half_dim"], Float[Array, "B T 1 half_dim"]],
+        angles: Angles | None,
         layer_kv: Any,
         attend: Attend,
     ) -> tuple[Float[Array, "B T hidden"], Any]:
+        """Without `angles`, positions are up to `attend`."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
-        q = rotate(self.q_proj(x).reshape(heads), angles)
-        k = rotate(self.k_proj(x).reshape(heads), angles)
-        v = self.v_proj(x).reshape(heads)
+        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         out, layer_kv = attend(q, k, v, layer_kv)
         return self.o_proj(out.reshape(batch, length, -1)), layer_kv
+
+
+def rms_norm(size: int, epsilon: float, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(size, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
 class SwiGLU(nnx.Module):

@@ -1,51 +1,38 @@
-"""Llama: the module, its configuration and the table that maps checkpoint names to parameters."""
+"""The Llama decoder, which Mistral, Qwen2 and Qwen3 share: its configuration, module and weight table."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from kivi_jax.models.layers import Attend, Attention, Embedding, Linear, SwiGLU, project, rotary_angles
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Rope:
-    """Frequency rescaling of Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def rescale(self, frequencies: np.ndarray) -> np.ndarray:
-        wavelengths = 2 * math.pi / frequencies
-        # 0 where a wavelength is stretched in full, 1 where it is kept.
-        kept = (self.original_max_position_embeddings / wavelengths - self.low_freq_factor) / (
-            self.high_freq_factor - self.low_freq_factor
-        )
-        kept = np.clip(kept, 0.0, 1.0)
-        return frequencies * (kept + (1 - kept) / self.factor)
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearRope:
-    """Position interpolation (Chen et al. 2023): every frequency divided by `factor`."""
-
-    factor: float
-
-    def rescale(self, frequencies: np.ndarray) -> np.ndarray:
-        return frequencies / self.factor
+from kivi_jax.models.fields import (
+    FULL,
+    read_flag,
+    read_head_dim,
+    read_positive,
+    read_sizes,
+    read_sliding_windows,
+    refuse_other_arithmetic,
+)
+from kivi_jax.models.layers import Attend, Attention, Embedding, Linear, SwiGLU, project, rms_norm
+from kivi_jax.models.rope import Angles, RopeScaling, inverse_frequencies, read_rope, rotary_angles
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of a Hugging Face `config.json` that decide a Llama's arithmetic."""
+    """The fields of a Hugging Face `config.json` that decide the arithmetic.
+
+    Attributes:
+        max_positions: the longest text, prompt and completion together.
+        attention_bias: of the projections to queries, keys and values.
+        output_bias: of attention's projection back to the hidden size.
+        qk_norm: whether each head's queries and keys are normalised before they are rotated.
+        sliding_windows: how many of the newest tokens, a token itself included, it attends in each layer; None for
+            all of them, as by default in every layer.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -56,11 +43,18 @@ class LlamaConfig:
     head_dim: int
     max_positions: int
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Rope | LinearRope | None = None
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tied_head: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sliding_windows:
+            object.__setattr__(self, "sliding_windows", (None,) * self.num_layers)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
@@ -69,124 +63,92 @@ class LlamaConfig:
         Raises:
             ValueError: fields are missing, or ask for something this module does not compute.
         """
-        required = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        )
-        if missing := [name for name in required if fields.get(name) is None]:
-            raise ValueError(f"config.json lacks the fields {', '.join(missing)}")
-        sizes = {name: fields.get(name) for name in (*required, "num_key_value_heads", "head_dim")}
-        if wrong := {name: size for name, size in sizes.items() if not _is_size(size)}:
-            raise ValueError(f"config.json: these must be positive whole numbers, got {wrong}")
-        if (activation := fields.get("hidden_act", "silu")) != "silu":
-            raise ValueError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
-        num_heads = fields["num_attention_heads"]
-        num_kv_heads = fields.get("num_key_value_heads") or num_heads
-        if num_heads % num_kv_heads:
+        shared = read_decoder(fields)
+        window = fields.get("sliding_window")
+        if (
+            window
+            and window < shared["max_positions"]
+            and read_flag(fields, "use_sliding_window", default=True)
+        ):
             raise ValueError(
-                f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+                f"config.json: sliding_window {window!r} is not supported in a llama, only in a mistral"
             )
-        head_dim = fields.get("head_dim") or fields["hidden_size"] / num_heads
-        if head_dim % 2:
-            raise ValueError(
-                f"config.json: head_dim must be an even whole number for rotary positions, got {head_dim}"
-            )
-        if not _is_positive(rms_norm_eps := fields.get("rms_norm_eps") or 1e-6):
-            raise ValueError(f"config.json: rms_norm_eps must be a positive number, got {rms_norm_eps!r}")
-        theta, scaling = read_rope(fields)
+        read_sliding_windows(fields, None, [FULL] * shared["num_layers"])
+        attention_bias = read_flag(fields, "attention_bias")
         return cls(
-            vocab_size=fields["vocab_size"],
-            hidden_size=fields["hidden_size"],
-            intermediate_size=fields["intermediate_size"],
-            num_layers=fields["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=int(head_dim),
-            max_positions=fields["max_position_embeddings"],
-            rope_theta=theta,
-            rope_scaling=scaling,
-            rms_norm_eps=rms_norm_eps,
-            attention_bias=fields.get("attention_bias", False),
-            mlp_bias=fields.get("mlp_bias", False),
-            tied_head=fields.get("tie_word_embeddings", False),
+            **shared,
+            attention_bias=attention_bias,
+            output_bias=attention_bias,
+            mlp_bias=read_flag(fields, "mlp_bias"),
         )
 
     @property
-    def sliding_windows(self) -> tuple[int | None, ...]:
-        return (None,) * self.num_layers
-
-    @property
-    def alibi_slopes(self) -> tuple[float, ...] | None:
-        return None
+    def alibi_slopes(self) -> None:
+        """Positions are rotary."""
 
     def inverse_frequencies(self) -> Float[Array, " half_dim"]:
         """Rotation per position of each pair of channels, in radians."""
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
-        frequencies = self.rope_theta**-exponents
-        if self.rope_scaling is not None:
-            frequencies = self.rope_scaling.rescale(frequencies)
-        return jnp.asarray(frequencies, jnp.float32)
+        return inverse_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
-def _is_size(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and value > 0)
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
-
-
-def read_rope(fields: Mapping[str, Any]) -> tuple[float, Llama3Rope | LinearRope | None]:
-    """RoPE base and rescaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+def read_decoder(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `LlamaConfig` that are read alike in all families of this decoder.
 
     Raises:
-        ValueError: a rope type other than default, linear or llama3, or one that lacks its fields.
+        ValueError: as `LlamaConfig.from_json`.
     """
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(value := fields.get(name) or {}, Mapping):
-            raise ValueError(f"config.json: {name} must be an object, got {value!r}")
-        rope |= value
-    theta = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
-    if not _is_positive(theta):
-        raise ValueError(f"config.json: rope_theta must be a positive number, got {theta!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    scalings = {"linear": LinearRope, "llama3": Llama3Rope}
-    if not isinstance(kind, str) or kind not in scalings:
+    required = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
+    read_sizes(fields, required, ("num_key_value_heads", "head_dim", "sliding_window"))
+    refuse_other_arithmetic(fields)
+    if (activation := fields.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
+    num_heads = fields["num_attention_heads"]
+    num_kv_heads = fields.get("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
         raise ValueError(
-            f"config.json: rope type {kind!r} is not supported, only default, {', '.join(scalings)}"
+            f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    names = [field.name for field in dataclasses.fields(scalings[kind])]
-    if missing := [name for name in names if rope.get(name) is None]:
-        raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
-    if wrong := {name: rope[name] for name in names if not _is_positive(rope[name])}:
-        raise ValueError(f"config.json: rope type {kind!r} needs positive numbers, got {wrong}")
-    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        raise ValueError("config.json: rope type 'llama3' needs a high_freq_factor above its low_freq_factor")
-    return float(theta), scalings[kind](**{name: rope[name] for name in names})
+    theta, scaling, max_positions = read_rope(fields)
+    return {
+        "vocab_size": fields["vocab_size"],
+        "hidden_size": fields["hidden_size"],
+        "intermediate_size": fields["intermediate_size"],
+        "num_layers": fields["num_hidden_layers"],
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": read_head_dim(fields),
+        "max_positions": max_positions,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": read_positive(fields, "rms_norm_eps", 1e-6),
+        "tied_head": read_flag(fields, "tie_word_embeddings"),
+    }
 
 
 class LlamaLayer(nnx.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.input_norm = rms_norm(config, dtype=dtype, rngs=rngs)
+        self.input_norm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.attention = Attention(
             config.hidden_size,
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
             bias=config.attention_bias,
+            output_bias=config.output_bias,
+            qk_norm=config.rms_norm_eps if config.qk_norm else None,
             dtype=dtype,
             rngs=rngs,
         )
-        self.mlp_norm = rms_norm(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = SwiGLU(
             config.hidden_size,
             config.intermediate_size,
@@ -196,7 +158,7 @@ class LlamaLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T hidden"], angles: tuple[Array, Array], layer_kv: Any, attend: Attend
+        self, x: Float[Array, "B T hidden"], angles: Angles, layer_kv: Any, attend: Attend
     ) -> tuple[Float[Array, "B T hidden"], Any]:
         attended, layer_kv = self.attention(self.input_norm(x), angles, layer_kv, attend)
         x = x + attended
@@ -204,13 +166,13 @@ class LlamaLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Decoder-only transformer (Touvron et al. 2023)."""
+    """Decoder-only transformer with RMSNorm, rotary positions and SwiGLU (Touvron et al. 2023)."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([LlamaLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = rms_norm(config, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         if not config.tied_head:
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
 
@@ -223,7 +185,7 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B T hidden"], tuple[Any, ...]]:
         """Final hidden states of `tokens`, and every layer's KV as `attend` left it."""
         x = self.embed(tokens)
-        angles = rotary_angles(positions, self.config.inverse_frequencies())
+        angles = rotary_angles(positions, self.config.inverse_frequencies(), self.config.rope_scaling)
         new_layers_kv = []
         for layer, layer_kv in zip(self.layers, layers_kv, strict=True):
             x, layer_kv = layer(x, angles, layer_kv, attend)
@@ -236,12 +198,6 @@ class Llama(nnx.Module):
         return project(hidden, kernel[...])
 
 
-def rms_norm(config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs
-    )
-
-
 # Checkpoint name -> parameter path.
 _LAYER = r"model\.layers\.(\d+)\."
 WEIGHTS = (
@@ -250,6 +206,7 @@ WEIGHTS = (
     (_LAYER + r"post_attention_layernorm\.weight", r"layers.\1.mlp_norm.scale"),
     (_LAYER + r"self_attn\.([qkvo]_proj)\.weight", r"layers.\1.attention.\2.kernel"),
     (_LAYER + r"self_attn\.([qkvo]_proj)\.bias", r"layers.\1.attention.\2.bias"),
+    (_LAYER + r"self_attn\.([qk]_norm)\.weight", r"layers.\1.attention.\2.scale"),
     (_LAYER + r"mlp\.(gate_proj|up_proj|down_proj)\.weight", r"layers.\1.mlp.\2.kernel"),
     (_LAYER + r"mlp\.(gate_proj|up_proj|down_proj)\.bias", r"layers.\1.mlp.\2.bias"),
     (r"model\.norm\.weight", r"norm.scale"),

@@ -2,12 +2,22 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from kivi_jax.models import llama
+from kivi_jax.models import falcon, llama, mistral, qwen
+
+Config = llama.LlamaConfig | falcon.FalconConfig
+Model = llama.Llama | falcon.Falcon
+# (pattern of a checkpoint's whole tensor name, parameter path), or where a tensor holds several parameters
+# (pattern, their paths, split), with split(config, tensor) an array for each path. Their shapes, joined along axis 0,
+# are the tensor's.
+Split = Callable[[Any, np.ndarray], tuple[np.ndarray, ...]]
+WeightRow = tuple[str, str] | tuple[str, tuple[str, ...], Split]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,15 +27,25 @@ class Family:
     Attributes:
         config: reads `config.json`.
         module: the Flax module, built from such a configuration.
-        weights: checkpoint name (a pattern for the whole name) -> parameter path.
+        weights: where each tensor of a checkpoint goes.
     """
 
-    config: type[llama.LlamaConfig]
-    module: type[llama.Llama]
-    weights: tuple[tuple[str, str], ...]
+    config: type[Config]
+    module: Callable[..., Model]
+    weights: tuple[WeightRow, ...]
 
 
-FAMILIES = {"llama": Family(llama.LlamaConfig, llama.Llama, llama.WEIGHTS)}
+_FALCON = Family(falcon.FalconConfig, falcon.Falcon, falcon.WEIGHTS)
+FAMILIES = {
+    "llama": Family(llama.LlamaConfig, llama.Llama, llama.WEIGHTS),
+    "mistral": Family(mistral.MistralConfig, llama.Llama, mistral.WEIGHTS),
+    "qwen2": Family(qwen.Qwen2Config, llama.Llama, qwen.WEIGHTS),
+    "qwen3": Family(qwen.Qwen3Config, llama.Llama, qwen.WEIGHTS),
+    "falcon": _FALCON,
+    # What Falcons were called before transformers had them.
+    "RefinedWeb": _FALCON,
+    "RefinedWebModel": _FALCON,
+}
 
 
 @functools.partial(
@@ -47,7 +67,7 @@ class Params:
 
     weights: Any
     model_type: str
-    config: llama.LlamaConfig
+    config: Config
     end_tokens: tuple[int, ...] = ()
     tokenizer: str | None = None
 
@@ -55,14 +75,14 @@ class Params:
     def dtype(self) -> Any:
         return jax.tree.leaves(self.weights)[0].dtype
 
-    def model(self) -> llama.Llama:
+    def model(self) -> Model:
         """The Flax module with these weights."""
         graph, _ = abstract_model(self.model_type, self.config, self.dtype)
         return nnx.merge(graph, self.weights)
 
 
 @functools.lru_cache
-def abstract_model(model_type: str, config: llama.LlamaConfig, dtype: Any) -> tuple[Any, Any]:
+def abstract_model(model_type: str, config: Config, dtype: Any) -> tuple[Any, Any]:
     """The module's graph, and its parameters' shapes and dtypes in the structure of `Params.weights`."""
     module = FAMILIES[model_type].module
     model = nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -1,14 +1,14 @@
-"""Makes the checkpoints and reference results of `tests/models/test_llama.py` with Hugging Face transformers.
+"""Makes the checkpoints and reference results of `tests/models/test_parity.py` with Hugging Face transformers.
 
     python -m venv .venv-torch
     .venv-torch/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
-    .venv-torch/bin/python scripts/make_goldens.py            # writes tests/data/llama_<variant>/
-    .venv-torch/bin/python scripts/make_goldens.py --out DIR --variants mha gqa
+    .venv-torch/bin/python scripts/make_goldens.py            # writes tests/data/<variant>/
+    .venv-torch/bin/python scripts/make_goldens.py --out DIR --variants llama_mha qwen3
 
 Only this script needs torch and transformers, and it imports nothing of kivi_jax. The same versions of them
 give the same files.
 
-A folder holds a random checkpoint as `save_pretrained` writes it, and `goldens.npz`, all of it float32:
+A folder holds a random checkpoint as `save_pretrained` writes it, and `goldens.npz`, computed in float32:
 
 - `prompts [B, T]`, right-padded, and `lengths [B]`;
 - `prefill_logits [B, V]` after each row's last token;
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "tests" / "data"
 PROMPT_LENGTHS = (7, 130, 1, 40)
@@ -37,7 +37,18 @@ NEW_TOKENS = 30
 # Standard deviation of a layer's outputs for inputs of unit variance, 1 for the layers not named here. The one
 # of attention's scores is about the product of the first two, that of the logits is the head's (if tied, the
 # embedding's).
-GAINS = {"q_proj": 1.4, "k_proj": 1.4, "o_proj": 4.0, "down_proj": 4.0, "embed_tokens": 2.5, "lm_head": 2.5}
+GAINS = {
+    "q_proj": 1.4,
+    "k_proj": 1.4,
+    "o_proj": 4.0,
+    "down_proj": 4.0,
+    "embed_tokens": 2.5,
+    "lm_head": 2.5,
+    "query_key_value": 1.4,
+    "self_attention.dense": 3.0,
+    "dense_4h_to_h": 4.0,
+    "word_embeddings": 2.5,
+}
 # Two best logits closer than this could swap places by rounding alone.
 LEAST_GREEDY_MARGIN = 1e-2
 
@@ -50,24 +61,31 @@ class Variant:
 
     Attributes:
         seed: of the weights and the tokens.
-        config: fields of `LlamaConfig` besides the common ones.
+        config: fields of `config.json` besides the common ones.
         ends: (row, step) of tokens of the endless greedy completions; they become the end tokens.
+        lengths: of the prompts.
+        dtype: of the weights in the file.
         shard_bytes: the largest weight file.
+        model_type: the family.
     """
 
     seed: int
     config: Mapping[str, Any]
     ends: tuple[tuple[int, int], ...] = ()
+    lengths: tuple[int, ...] = PROMPT_LENGTHS
+    dtype: torch.dtype = torch.bfloat16
     shard_bytes: int = 10**9
+    model_type: str = "llama"
 
 
 VARIANTS = {
-    "mha": Variant(
+    "llama_mha": Variant(
         seed=1,
         config={"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2},
         ends=((1, 12),),
+        dtype=torch.float32,
     ),
-    "gqa": Variant(
+    "llama_gqa": Variant(
         seed=8,
         config={
             "hidden_size": 64,
@@ -86,8 +104,9 @@ VARIANTS = {
             },
         },
         ends=((0, 18), (3, 25)),
+        dtype=torch.float32,
     ),
-    "gqa_bias": Variant(
+    "llama_gqa_bias": Variant(
         seed=4,
         config={
             "hidden_size": 48,
@@ -99,39 +118,212 @@ VARIANTS = {
             "mlp_bias": True,
             "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
         },
+        dtype=torch.float32,
         shard_bytes=120_000,
+    ),
+    # One prompt is longer than the 48 positions, one becomes it while decoding.
+    "llama_dynamic": Variant(
+        seed=27,
+        config={
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 48,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+        lengths=(7, 90, 1, 40),
+    ),
+    # Of 16 channels, those up to 1 keep their frequency, those from 5 on are stretched.
+    "llama_yarn": Variant(
+        seed=3,
+        config={
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 4.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+            },
+        },
+    ),
+    "mistral_window": Variant(
+        model_type="mistral",
+        seed=6,
+        config={
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "sliding_window": 48,
+        },
+        ends=((1, 20),),
+    ),
+    "mistral_nemo": Variant(
+        model_type="mistral",
+        seed=1,
+        config={
+            "hidden_size": 80,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
+    "qwen2": Variant(
+        model_type="qwen2",
+        seed=3,
+        config={
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "sliding_window": 48,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+        ends=((3, 9),),
+    ),
+    # The second layer attends the window.
+    "qwen2_window": Variant(
+        model_type="qwen2",
+        seed=1,
+        config={
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 48,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3": Variant(
+        model_type="qwen3",
+        seed=2,
+        config={
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "truncate": False,
+            },
+        },
+    ),
+    # The first layer attends the window.
+    "qwen3_bias": Variant(
+        model_type="qwen3",
+        seed=6,
+        config={
+            "hidden_size": 48,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "falcon_7b": Variant(
+        model_type="falcon",
+        seed=1,
+        config={
+            "hidden_size": 128,
+            "num_attention_heads": 2,
+            "ffn_hidden_size": 64,
+            "multi_query": True,
+            "parallel_attn": True,
+        },
+        ends=((2, 7),),
+    ),
+    "falcon_40b": Variant(
+        model_type="falcon",
+        seed=2,
+        config={
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 64,
+            "new_decoder_architecture": True,
+        },
+    ),
+    "falcon_11b": Variant(
+        model_type="falcon",
+        seed=2,
+        config={
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 64,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 500042.0, "factor": 2.0},
+        },
+    ),
+    # Of the 3 heads' slopes one is a half step; beyond 256, bfloat16 doesn't have all positions.
+    "falcon_rw": Variant(
+        model_type="falcon",
+        seed=1,
+        config={
+            "hidden_size": 96,
+            "num_attention_heads": 3,
+            "ffn_hidden_size": 64,
+            "max_position_embeddings": 512,
+            "alibi": True,
+            "bias": True,
+            "multi_query": False,
+            "parallel_attn": False,
+        },
+        lengths=(7, 300, 1, 40),
     ),
 }
 
 
-def make_model(variant: Variant) -> LlamaForCausalLM:
+def make_model(variant: Variant) -> PreTrainedModel:
     """A random model whose attention and logits are far from uniform."""
     common = {
         "vocab_size": 112,
-        "intermediate_size": 80,
         "num_hidden_layers": 2,
         "max_position_embeddings": 256,
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**common, **variant.config}))
+    if variant.model_type != "falcon":
+        common["intermediate_size"] = 80
+    config = AutoConfig.for_model(variant.model_type, **{**common, **variant.config})
+    # Falcon's "eager" adds ALiBi twice, with the mask and by itself; its "sdpa" adds it once.
+    implementation = "sdpa" if variant.model_type == "falcon" else "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     model = model.to(torch.float32).eval()
-    model.set_attn_implementation("eager")
     generator = torch.Generator().manual_seed(variant.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(_offset(name) + _spread(name, parameter) * noise)
+            parameter.copy_((_offset(name) + _spread(name, parameter) * noise).to(variant.dtype))
     return model
 
 
 def _offset(name: str) -> float:
-    return 1.0 if "norm" in name else 0.0
+    return 1.0 if _is_norm(name) and name.endswith("weight") else 0.0
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name or "ln_" in name
 
 
 def _spread(name: str, parameter: torch.Tensor) -> float:
     """Standard deviation of a parameter's elements."""
-    if "norm" in name or name.endswith("bias"):
+    if _is_norm(name) or name.endswith("bias"):
         return 0.3
     inputs = parameter.shape[-1]
     return next((gain for part, gain in GAINS.items() if part in name), 1.0) / math.sqrt(inputs)
@@ -139,7 +331,7 @@ def _spread(name: str, parameter: torch.Tensor) -> float:
 
 @torch.no_grad()
 def forced_logits(
-    model: LlamaForCausalLM, prompt: Sequence[int], forced: Sequence[int]
+    model: PreTrainedModel, prompt: Sequence[int], forced: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits `[V]` after the prompt, and `[N, V]` after each forced token, through transformers' KV cache."""
     out = model(torch.tensor([prompt]), use_cache=True)
@@ -152,7 +344,7 @@ def forced_logits(
 
 
 @torch.no_grad()
-def complete(model: LlamaForCausalLM, prompt: Sequence[int]) -> tuple[list[int], float]:
+def complete(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[list[int], float]:
     """Greedy completion, and its smallest margin between the two best logits."""
     ids = torch.tensor([prompt])
     out = model.generate(
@@ -168,7 +360,7 @@ def complete(model: LlamaForCausalLM, prompt: Sequence[int]) -> tuple[list[int],
     return out.sequences[0, len(prompt) :].tolist(), float((best[:, 0] - best[:, 1]).min())
 
 
-def choose_end_tokens(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], variant: Variant) -> None:
+def choose_end_tokens(model: PreTrainedModel, prompts: Sequence[Sequence[int]], variant: Variant) -> None:
     """Makes tokens that the model does generate its end tokens.
 
     As in the checkpoints of Llama 3, config.json names only the first of several.
@@ -181,7 +373,7 @@ def choose_end_tokens(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]],
 
 
 @torch.no_grad()
-def attention_spread(model: LlamaForCausalLM, prompt: Sequence[int]) -> float:
+def attention_spread(model: PreTrainedModel, prompt: Sequence[int]) -> float:
     """exp(entropy) of attention per token it sees, 1 if uniform; mean over a prompt's second half."""
     layers = model(torch.tensor([prompt]), output_attentions=True).attentions
     weights = torch.stack(layers)[..., len(prompt) // 2 :, :]
@@ -214,7 +406,7 @@ def make_variant(name: str, variant: Variant, out: Path) -> None:
     model = make_model(variant)
     random = np.random.default_rng(variant.seed)
     vocab = model.config.vocab_size
-    prompts = [random.integers(vocab, size=length).tolist() for length in PROMPT_LENGTHS]
+    prompts = [random.integers(vocab, size=length).tolist() for length in variant.lengths]
     decode_tokens = random.integers(vocab, size=(len(prompts), DECODE_STEPS)).astype(np.int32)
     choose_end_tokens(model, prompts, variant)
     rows = zip(prompts, decode_tokens.tolist(), strict=True)
@@ -222,12 +414,12 @@ def make_variant(name: str, variant: Variant, out: Path) -> None:
     completions, margins = zip(*(complete(model, prompt) for prompt in prompts), strict=True)
     spread = attention_spread(model, max(prompts, key=len))
     check_fit(np.concatenate([*decode_logits, prefill_logits]), spread, min(margins))
-    folder = out / f"llama_{name}"
-    model.save_pretrained(folder, max_shard_size=variant.shard_bytes)
+    folder = out / name
+    model.to(variant.dtype).save_pretrained(folder, max_shard_size=variant.shard_bytes)
     np.savez_compressed(
         folder / "goldens.npz",
         prompts=pad(prompts, filler=0),
-        lengths=np.array(PROMPT_LENGTHS, np.int32),
+        lengths=np.array(variant.lengths, np.int32),
         prefill_logits=np.stack(prefill_logits),
         decode_tokens=decode_tokens,
         decode_logits=np.stack(decode_logits),
@@ -241,7 +433,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="where llama_<variant>/ goes")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="where the folders go")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

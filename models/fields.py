@@ -1,0 +1,115 @@
+"""Reads the fields of a `config.json` that all families have, and refuses what no family computes.
+
+Fields are checked before they are used, so that a wrong one is a clear ValueError and never a wrong model. For absent
+fields the defaults of transformers hold.
+"""
+
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Fields that would change the arithmetic, and the values with which they don't.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "quantization_config": (None, {}),
+    "partial_rotary_factor": (None, 1),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+    "llama_4_scaling_beta": (None, 0),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "n_routed_experts": (None, 0),
+    "per_layer_config": (None, {}),
+    "rope_interleaved": (None, False),
+    "apply_residual_connection_post_layernorm": (None, False),
+    "is_causal": (None, True),
+    "use_bidirectional_attention": (None, False),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def refuse_other_arithmetic(fields: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a field asks for something that no family here computes.
+    """
+    for name, neutral in NEUTRAL.items():
+        if fields.get(name) not in neutral:
+            raise ValueError(
+                f"config.json: {name} {reprlib.repr(fields[name])} is not supported; "
+                "it would change what the model computes"
+            )
+
+
+def read_sizes(fields: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """
+    Raises:
+        ValueError: a required field is missing, or any is not a positive whole number.
+    """
+    if missing := [name for name in required if fields.get(name) is None]:
+        raise ValueError(f"config.json lacks the fields {', '.join(missing)}")
+    sizes = {name: fields[name] for name in (*required, *optional) if fields.get(name) is not None}
+    if wrong := {name: size for name, size in sizes.items() if not is_size(size)}:
+        raise ValueError(f"config.json: these must be positive whole numbers, got {wrong}")
+
+
+def read_positive(fields: Mapping[str, Any], name: str, default: float) -> float:
+    value = fields.get(name)
+    if value is None:
+        return default
+    if not is_positive(value):
+        raise ValueError(f"config.json: {name} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def read_flag(fields: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config.json: {name} must be true or false, got {value!r}")
+    return default if value is None else value
+
+
+def read_head_dim(fields: Mapping[str, Any]) -> int:
+    """`head_dim`, or the hidden size over the heads.
+
+    Raises:
+        ValueError: it is not an even whole number.
+    """
+    head_dim = fields.get("head_dim") or fields["hidden_size"] / fields["num_attention_heads"]
+    if head_dim % 2:
+        raise ValueError(
+            f"config.json: head_dim must be an even whole number for rotary positions, got {head_dim}"
+        )
+    return int(head_dim)
+
+
+def read_sliding_windows(
+    fields: Mapping[str, Any], window: int | None, default: Sequence[str]
+) -> tuple[int | None, ...]:
+    """How many of the newest tokens each layer attends, from `layer_types`, by default `default`; None for all.
+
+    Raises:
+        ValueError: `layer_types` doesn't list full or sliding attention for each layer, or there is no `window`.
+    """
+    types = fields.get("layer_types") or default
+    if not isinstance(types, Sequence) or len(types) != len(default):
+        raise ValueError(f"config.json: layer_types must name all {len(default)} layers, got {types!r}")
+    if others := [kind for kind in types if kind not in (FULL, SLIDING)]:
+        raise ValueError(f"config.json: layer_types {others[0]!r} is not supported, only {FULL}, {SLIDING}")
+    if SLIDING in types and window is None:
+        raise ValueError(f"config.json: layer_types has {SLIDING}, but no sliding_window is in use")
+    return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

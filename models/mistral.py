@@ -1,0 +1,31 @@
+"""Mistral: Llama's decoder, of which 7B v0.1 attends a sliding window."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kivi_jax.models.fields import FULL, SLIDING, read_sliding_windows
+from kivi_jax.models.llama import WEIGHTS, LlamaConfig, read_decoder
+
+__all__ = ["WEIGHTS", "MistralConfig"]
+
+# Of transformers, where config.json doesn't have the field at all.
+DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
+
+
+class MistralConfig(LlamaConfig):
+    """A Mistral's `config.json`."""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "MistralConfig":
+        """As `LlamaConfig.from_json`; `sliding_window` is that of all layers, and null for none."""
+        fields = {**DEFAULTS, **fields}
+        shared = read_decoder(fields)
+        window = fields["sliding_window"]
+        default = [FULL if window is None else SLIDING] * shared["num_layers"]
+        windows = read_sliding_windows(fields, window, default)
+        if len(set(windows)) > 1 or windows[0] != window:
+            raise ValueError(
+                f"config.json: layer_types {fields['layer_types']} are not supported in a mistral; "
+                f"with sliding_window {window} all are {default[0]}"
+            )
+        return cls(**shared, sliding_windows=windows)

@@ -1,0 +1,217 @@
+"""Rotary position embedding (Su et al. 2021), and the ways in which checkpoints stretch it to longer texts."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from kivi_jax.models.fields import is_positive, is_size, read_flag, read_positive, refuse_other_arithmetic
+
+Angles = tuple[Float[Array, "B T 1 half_dim"], Float[Array, "B T 1 half_dim"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRope:
+    """Position interpolation (Chen et al. 2023): every frequency divided by `factor`."""
+
+    factor: float
+
+    def rescale(self, frequencies: np.ndarray) -> np.ndarray:
+        return frequencies / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+    """Frequency rescaling of Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def rescale(self, frequencies: np.ndarray) -> np.ndarray:
+        wavelengths = 2 * math.pi / frequencies
+        # 0 where a wavelength is stretched in full, 1 where it is kept.
+        kept = (self.original_max_position_embeddings / wavelengths - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
+        kept = np.clip(kept, 0.0, 1.0)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnRope:
+    """YaRN (Peng et al. 2023): blends by the channel, and scales queries and keys by `attention_factor`."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def rescale(self, frequencies: np.ndarray) -> np.ndarray:
+        # Up to the first of these channels frequencies are kept, from the second on they are stretched.
+        kept = self._channel_of(self.beta_fast, frequencies)
+        stretched = self._channel_of(self.beta_slow, frequencies)
+        if self.truncate:
+            kept, stretched = math.floor(kept), math.ceil(stretched)
+        kept, stretched = max(kept, 0), min(stretched, 2 * len(frequencies) - 1)
+        if kept == stretched:
+            stretched += 0.001
+        ramp = np.clip((np.arange(len(frequencies)) - kept) / (stretched - kept), 0.0, 1.0)
+        return frequencies * (1 - ramp + ramp / self.factor)
+
+    def _channel_of(self, rotations: float, frequencies: np.ndarray) -> float:
+        """The channel, not rounded, that turns this often over the original length; channel 0 turns by 1 radian."""
+        wanted = 2 * math.pi * rotations / self.original_max_position_embeddings
+        return -math.log(wanted) / math.log(frequencies[0] / frequencies[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicRope:
+    """Dynamic NTK scaling: beyond the original length, the base grows with the length of the text.
+
+    As in transformers, the length is what a row has in the forward pass that makes a key, so that a text's keys differ
+    with the passes it arrived in.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+
+    def rescale(self, frequencies: np.ndarray) -> np.ndarray:
+        """Within the original length nothing changes."""
+        return frequencies
+
+    def stretch(
+        self, frequencies: Float[Array, " half_dim"], lengths: Int[Array, " B"]
+    ) -> Float[Array, "B half_dim"]:
+        """theta' = theta · growth^(D / (D − 2)), and channel i turns by theta'^(−2i / D)."""
+        original = self.original_max_position_embeddings
+        growth = self.factor * jnp.maximum(lengths, original) / original - (self.factor - 1)
+        exponents = np.arange(frequencies.shape[0]) / (frequencies.shape[0] - 1)
+        return frequencies * growth[:, None] ** -jnp.asarray(exponents, jnp.float32)
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope | DynamicRope
+
+
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None
+) -> Float[Array, " half_dim"]:
+    """Rotation per position of each pair of channels, in radians."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is not None:
+        frequencies = scaling.rescale(frequencies)
+    return jnp.asarray(frequencies, jnp.float32)
+
+
+def rotary_angles(
+    positions: Int[Array, "B T"], frequencies: Float[Array, " half_dim"], scaling: RopeScaling | None
+) -> Angles:
+    """Cosines and sines of the rotation angles, with an axis for the heads."""
+    per_row = frequencies
+    if isinstance(scaling, DynamicRope):
+        per_row = scaling.stretch(frequencies, positions.max(axis=1) + 1)[:, None, None]
+    angles = positions[..., None, None].astype(jnp.float32) * per_row
+    amplitude = scaling.attention_factor if isinstance(scaling, YarnRope) else 1.0
+    return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T H D"], angles: Angles) -> Float[Array, "B T H D"]:
+    """Rotates pairs of channels in the half-split order of Hugging Face checkpoints."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def read_rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int]:
+    """Base, scaling and the longest text, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
+
+    The longest text is `max_position_embeddings`, or more where `dynamic` and `yarn` extend it.
+
+    Raises:
+        ValueError: an unknown rope type, or one that lacks its fields.
+    """
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(fields.get(name) or {}, Mapping):
+            raise ValueError(f"config.json: {name} must be an object, got {fields[name]!r}")
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise ValueError(
+            f"config.json: rope parameters of their own for {', '.join(nested)} are not supported"
+        )
+    refuse_other_arithmetic(rope)
+    theta = read_positive(rope, "rope_theta", read_positive(fields, "rope_theta", 10000.0))
+    max_positions: int = fields["max_position_embeddings"]
+    match kind := rope.get("rope_type", rope.get("type", "default")):
+        case "default":
+            return theta, None, max_positions
+        case "linear":
+            return theta, LinearRope(*_read_numbers(rope, kind, "factor")), max_positions
+        case "llama3":
+            factor, low, high = _read_numbers(rope, kind, "factor", "low_freq_factor", "high_freq_factor")
+            if high <= low:
+                raise ValueError(
+                    "config.json: rope type 'llama3' needs a high_freq_factor above its low_freq_factor"
+                )
+            return theta, Llama3Rope(factor, low, high, _original_length(fields, rope)), max_positions
+        case "dynamic":
+            (factor,) = _read_numbers(rope, kind, "factor")
+            return theta, DynamicRope(factor, max_positions), max(max_positions, int(factor * max_positions))
+        case "yarn":
+            yarn = _read_yarn(rope, _original_length(fields, rope), max_positions)
+            extended = int(yarn.factor * yarn.original_max_position_embeddings)
+            return theta, yarn, max(max_positions, extended)
+    raise ValueError(
+        f"config.json: rope type {kind!r} is not supported, only default, linear, dynamic, yarn, llama3"
+    )
+
+
+def _read_yarn(rope: Mapping[str, Any], original: int, max_positions: int) -> YarnRope:
+    if rope.get("factor") is None and original < max_positions:
+        rope = {**rope, "factor": max_positions / original}
+    (factor,) = _read_numbers(rope, "yarn", "factor")
+    if rope.get("attention_factor") is not None:
+        (attention_factor,) = _read_numbers(rope, "yarn", "attention_factor")
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        mscale, mscale_all_dim = _read_numbers(rope, "yarn", "mscale", "mscale_all_dim")
+        attention_factor = _amplitude(factor, mscale) / _amplitude(factor, mscale_all_dim)
+    else:
+        attention_factor = _amplitude(factor, 1.0)
+    return YarnRope(
+        factor=factor,
+        original_max_position_embeddings=original,
+        attention_factor=attention_factor,
+        beta_fast=read_positive(rope, "beta_fast", 32.0),
+        beta_slow=read_positive(rope, "beta_slow", 1.0),
+        truncate=read_flag(rope, "truncate", default=True),
+    )
+
+
+def _amplitude(factor: float, weight: float) -> float:
+    """Equation 22 of the paper, with the weight that DeepSeek gives its logarithm."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _original_length(fields: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
+    """Where both are there, transformers lets the field beside the rope parameters win."""
+    name = "original_max_position_embeddings"
+    length = fields.get(name) or rope.get(name) or fields["max_position_embeddings"]
+    if not is_size(length):
+        raise ValueError(f"config.json: {name} must be a positive whole number, got {length!r}")
+    return int(length)
+
+
+def _read_numbers(rope: Mapping[str, Any], kind: str, *names: str) -> list[float]:
+    if missing := [name for name in names if rope.get(name) is None]:
+        raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
+    if wrong := {name: rope[name] for name in names if not is_positive(rope[name])}:
+        raise ValueError(f"config.json: rope type {kind!r} needs positive numbers, got {wrong}")
+    return [float(rope[name]) for name in names]
