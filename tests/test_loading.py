@@ -154,7 +154,7 @@ def integers(folder):
         (outside_shard, "outside the folder"),
         (listed_map, "must map tensors to files"),
         (named_end, "eos_token_id must be a token id or a list of them, got '</s>'"),
-        (integers, "model.norm.weight is int32, expected floating point"),
+        (integers, "model.norm.weight is I32, expected one of BF16, F16, F32, F64"),
     ],
 )
 def test_damage_is_one_clear_error(tmp_path, damage, message):
@@ -204,14 +204,14 @@ def test_missing_folder_and_wrong_dtype(tmp_path, monkeypatch):
 def test_hub_models_come_from_a_snapshot(tmp_path, monkeypatch):
     asked = []
 
-    def snapshot(name, allow_patterns):
-        asked.append((name, allow_patterns))
+    def snapshot(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
         return str(write_checkpoint(tmp_path))
 
     monkeypatch.setattr("kivi_jax.loading.snapshot_download", snapshot)
     assert kivi_jax.load("org/name").config.vocab_size == TINY["vocab_size"]
-    ((name, patterns),) = asked
-    assert name == "org/name"
+    ((name, revision, patterns),) = asked
+    assert (name, revision) == ("org/name", None)
     assert not any("bin" in pattern or "py" in pattern for pattern in patterns)
 
 

@@ -1,0 +1,83 @@
+"""A model's weights as an Orbax checkpoint, of which every device reads its own part."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from kivi_jax.checkpoint import CheckpointError, out_of_range
+
+# Of a parameter, stored as one unit: what a device must read and decompress at once, though its own part be smaller.
+CHUNK_BYTES = 2**25
+
+
+def save_weights(folder: Path, weights: Mapping[str, Array]) -> None:
+    """Writes parameters, named by their paths, to the new `folder`."""
+    import orbax.checkpoint as ocp  # here and below: only converted checkpoints need the time that this takes
+
+    save_args = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in weights}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(dict(weights), save_args=save_args))
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters in `folder`, by path.
+
+    Raises:
+        CheckpointError: they can't be read.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            stored = checkpointer.metadata(folder.absolute()).item_metadata
+        return {path: tuple(leaf.shape) for path, leaf in stored.tree.items()}
+    except Exception as error:  # of many kinds, depending on the file that is damaged
+        raise CheckpointError(
+            f"{folder}: the list of parameters is missing or damaged; convert the model again"
+        ) from error
+
+
+def restore_weights(
+    folder: Path, expected: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[tuple[str, Array]]:
+    """Reads parameters one after the other, each in the dtype and onto the devices that `expected` says.
+
+    One at a time takes no longer where the disk is the limit, bounds the host's memory by a parameter, and lets Orbax
+    raise a single error.
+
+    Raises:
+        CheckpointError: one is damaged or holds what no weight may be.
+    """
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        for path, leaf in expected.items():
+            placed = ocp.ArrayRestoreArgs(
+                dtype=leaf.dtype,
+                global_shape=leaf.shape,
+                sharding=leaf.sharding or jnp.zeros(()).sharding,  # the default device
+            )
+            try:
+                restored = checkpointer.restore(
+                    folder.absolute(),
+                    ocp.args.PyTreeRestore({path: leaf}, restore_args={path: placed}, partial_restore=True),
+                )
+            except Exception as error:
+                reason = str(error).partition("\n")[0][:200]
+                raise CheckpointError(
+                    f"{folder}: {path} is damaged: {reason}; convert the model again"
+                ) from error
+            if not _is_finite(restored[path]):
+                raise CheckpointError(
+                    f"{folder}: {path} is damaged and holds NaN or infinity, or it {out_of_range(leaf.dtype)}"
+                )
+            yield path, restored[path]
+
+
+@jax.jit
+def _is_finite(weight: Float[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.isfinite(weight).all()
