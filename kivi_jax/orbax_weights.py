@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from kivi_jax.checkpoint import CheckpointError, out_of_range
 
 # Of a parameter, stored as one unit: what a device must read and decompress at once, though its own part be smaller.
-CHUNK_BYTES = 2**25
+CHUNK_BYTES = 2**23
 
 
 def save_weights(folder: Path, weights: Mapping[str, Array]) -> None:

@@ -59,7 +59,7 @@ def read_weights(
         disable=None,  # where nobody watches
     ) as progress:
         for path, array in arrays:
-            weights[path] = array
+            weights[path] = array.block_until_ready()  # or the host might hold many that are under way
             progress.update(array.nbytes)
     return weights
 
