@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
 
 from kivi_jax import generation_config
-from kivi_jax.checkpoint import STORED_DTYPES, CheckpointError, read_json
+from kivi_jax.checkpoint import CheckpointError, read_json
 from kivi_jax.models.registry import FAMILIES, Params
 from kivi_jax.models.sharding import tensor_parallel_mesh
 from kivi_jax.notices import warn_of_large_key_biases
@@ -104,12 +104,6 @@ def _read_config(folder: Path, fields: Mapping[str, Any]) -> tuple[str, Any]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{folder}: model_type {model_type!r} is not supported, only {', '.join(FAMILIES)}"
-        )
-    if quantization := fields.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{folder}: weights quantized by {method!r} are not supported, only {', '.join(STORED_DTYPES)}; "
-            f"load the model that they were made from"
         )
     try:
         return model_type, FAMILIES[model_type].config.from_json(fields)

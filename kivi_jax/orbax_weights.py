@@ -66,11 +66,10 @@ def restore_weights(
                     folder.absolute(),
                     ocp.args.PyTreeRestore({path: leaf}, restore_args={path: placed}, partial_restore=True),
                 )
+            except jax.errors.JaxRuntimeError:  # out of memory
+                raise
             except Exception as error:
-                reason = str(error).partition("\n")[0][:200]
-                raise CheckpointError(
-                    f"{folder}: {path} is damaged: {reason}; convert the model again"
-                ) from error
+                raise CheckpointError(f"{folder}: {path} is damaged; convert the model again") from error
             if not _is_finite(restored[path]):
                 raise CheckpointError(
                     f"{folder}: {path} is damaged and holds NaN or infinity, or it {out_of_range(leaf.dtype)}"

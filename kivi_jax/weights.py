@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from kivi_jax.checkpoint import STORED_DTYPES, CheckpointError, StoredTensor, stored_tensors
-from kivi_jax.models.registry import FAMILIES, abstract_model
+from kivi_jax.models.registry import FAMILIES, Split, WeightRow, abstract_model
 from kivi_jax.models.sharding import parameter_sharding
 from kivi_jax.orbax_weights import restore_weights, stored_shapes
 
@@ -28,7 +28,6 @@ TOLD_PROBLEMS = 20
 
 # Parameters by path, such as "layers.0.attention.k_proj.kernel".
 Expected = Mapping[str, jax.ShapeDtypeStruct]
-Split = Callable[[Any, np.ndarray], tuple[np.ndarray, ...]]
 
 
 def read_weights(
@@ -85,7 +84,7 @@ class Source:
     split: Split | None
 
 
-def _match(folder: Path, table: tuple[tuple[Any, ...], ...], expected: Expected) -> list[Source]:
+def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> list[Source]:
     """Where each parameter comes from.
 
     Raises:
@@ -114,7 +113,7 @@ def _match(folder: Path, table: tuple[tuple[Any, ...], ...], expected: Expected)
     return list(dict.fromkeys(sources.values()))
 
 
-def _source(tensor: StoredTensor, table: tuple[tuple[Any, ...], ...]) -> Source | None:
+def _source(tensor: StoredTensor, table: tuple[WeightRow, ...]) -> Source | None:
     for pattern, templates, *split in table:
         if match := re.fullmatch(pattern, tensor.name):
             several = (templates,) if isinstance(templates, str) else templates

@@ -2,12 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from kivi_jax.models import llama
+
+# (pattern of a checkpoint's whole tensor name, parameter path), or where a tensor holds several parameters
+# (pattern, their paths, split), with split(config, tensor) an array for each path. Their shapes, joined along axis 0,
+# are the tensor's.
+Split = Callable[[Any, np.ndarray], tuple[np.ndarray, ...]]
+WeightRow = tuple[str, str] | tuple[str, tuple[str, ...], Split]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +25,12 @@ class Family:
     Attributes:
         config: reads `config.json`.
         module: the Flax module, built from such a configuration.
-        weights: checkpoint name (a pattern for the whole name) -> parameter path.
+        weights: where each tensor of a checkpoint goes.
     """
 
     config: type[llama.LlamaConfig]
     module: type[llama.Llama]
-    weights: tuple[tuple[str, str], ...]
+    weights: tuple[WeightRow, ...]
 
 
 FAMILIES = {"llama": Family(llama.LlamaConfig, llama.Llama, llama.WEIGHTS)}

@@ -112,7 +112,14 @@ def measure(folder: Path, case: Case) -> Measured:
         "PYTHONPATH": str(root),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={case.devices}",
     }
-    command = [sys.executable, __file__, "--child", str(folder), "--child-case", json.dumps(dataclasses.asdict(case))]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        str(folder),
+        "--child-case",
+        json.dumps(dataclasses.asdict(case)),
+    ]
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     return Measured(**json.loads(printed.splitlines()[-1]))
 
