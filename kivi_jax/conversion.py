@@ -8,8 +8,8 @@ import jax
 
 from kivi_jax.checkpoint import INDEX_FILE
 from kivi_jax.loading import SIDE_FILES, find_folder, load
-from kivi_jax.orbax_weights import save_weights
-from kivi_jax.weights import ORBAX_FOLDER, flat
+from kivi_jax.orbax_weights import SHAPES_FILE, save_weights
+from kivi_jax.weights import flat
 
 
 def convert(
@@ -41,11 +41,13 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".incomplete", dir=out.parent) as parent:
         folder = Path(parent, out.name)
         folder.mkdir()
-        save_weights(folder / ORBAX_FOLDER, weights)
-        files = {file for pattern in SIDE_FILES for file in source.glob(pattern)} - {source / INDEX_FILE}
+        save_weights(folder, weights)
+        files = {file.name: file for pattern in SIDE_FILES for file in source.glob(pattern)}
+        for name in (INDEX_FILE, SHAPES_FILE):  # of the weights as they were
+            files.pop(name, None)
         # config.json, without which no folder is a model, comes last.
-        for file in sorted(files, key=lambda file: file.name == "config.json"):
-            shutil.copyfile(file, folder / file.name)
+        for name in sorted(files, key="config.json".__eq__):
+            shutil.copyfile(files[name], folder / name)
         folder.rename(out)
 
 

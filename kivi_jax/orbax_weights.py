@@ -1,5 +1,6 @@
 """A model's weights as an Orbax checkpoint, of which every device reads its own part."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -8,37 +9,39 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from kivi_jax.checkpoint import CheckpointError, out_of_range
+from kivi_jax.checkpoint import CheckpointError, out_of_range, read_json
 
+# In a model's folder: the weights, and their shapes. (Asking Orbax for the shapes opens all parameters at once, and
+# prints an error for each where the folder is damaged.)
+ORBAX_FOLDER = "orbax"
+SHAPES_FILE = "parameters.json"
 # Of a parameter, stored as one unit: what a device must read and decompress at once, though its own part be smaller.
 CHUNK_BYTES = 2**23
 
 
 def save_weights(folder: Path, weights: Mapping[str, Array]) -> None:
-    """Writes parameters, named by their paths, to the new `folder`."""
+    """Writes parameters, named by their paths, into a model's folder."""
     import orbax.checkpoint as ocp  # here and below: only converted checkpoints need the time that this takes
 
     save_args = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in weights}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(dict(weights), save_args=save_args))
+        checkpointer.save(
+            (folder / ORBAX_FOLDER).absolute(), ocp.args.PyTreeSave(dict(weights), save_args=save_args)
+        )
+    shapes = {path: weight.shape for path, weight in weights.items()}
+    (folder / SHAPES_FILE).write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters in `folder`, by path.
+    """Shapes of the parameters in a model's folder, by path.
 
     Raises:
         CheckpointError: they can't be read.
     """
-    import orbax.checkpoint as ocp
-
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            stored = checkpointer.metadata(folder.absolute()).item_metadata
-        return {path: tuple(leaf.shape) for path, leaf in stored.tree.items()}
-    except Exception as error:  # of many kinds, depending on the file that is damaged
-        raise CheckpointError(
-            f"{folder}: the list of parameters is missing or damaged; convert the model again"
-        ) from error
+    shapes = read_json(folder / SHAPES_FILE)
+    if not all(isinstance(shape, list) for shape in shapes.values()):
+        raise CheckpointError(f"{folder / SHAPES_FILE} must map parameters to shapes")
+    return {path: tuple(shape) for path, shape in shapes.items()}
 
 
 def restore_weights(
@@ -63,16 +66,19 @@ def restore_weights(
             )
             try:
                 restored = checkpointer.restore(
-                    folder.absolute(),
+                    (folder / ORBAX_FOLDER).absolute(),
                     ocp.args.PyTreeRestore({path: leaf}, restore_args={path: placed}, partial_restore=True),
                 )
             except jax.errors.JaxRuntimeError:  # out of memory
                 raise
             except Exception as error:
-                raise CheckpointError(f"{folder}: {path} is damaged; convert the model again") from error
+                raise CheckpointError(
+                    f"{folder / ORBAX_FOLDER}: {path} is damaged; convert the model again"
+                ) from error
             if not _is_finite(restored[path]):
                 raise CheckpointError(
-                    f"{folder}: {path} is damaged and holds NaN or infinity, or it {out_of_range(leaf.dtype)}"
+                    f"{folder / ORBAX_FOLDER}: {path} holds NaN or infinity and is damaged, or it "
+                    f"{out_of_range(leaf.dtype)}"
                 )
             yield path, restored[path]
 

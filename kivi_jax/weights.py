@@ -17,10 +17,8 @@ from tqdm import tqdm
 from kivi_jax.checkpoint import STORED_DTYPES, CheckpointError, StoredTensor, stored_tensors
 from kivi_jax.models.registry import FAMILIES, Split, WeightRow, abstract_model
 from kivi_jax.models.sharding import parameter_sharding
-from kivi_jax.orbax_weights import restore_weights, stored_shapes
+from kivi_jax.orbax_weights import ORBAX_FOLDER, restore_weights, stored_shapes
 
-# Where `kivi-jax convert` writes the weights; a folder that has it needs no safetensors.
-ORBAX_FOLDER = "orbax"
 # Tensors of older checkpoints that hold nothing a configuration doesn't.
 IGNORED = re.compile(r".*rotary_emb\.inv_freq")
 # Of a checkpoint's problems, as many as are told.
@@ -44,7 +42,7 @@ def read_weights(
         sharding = None if mesh is None else parameter_sharding(path, leaf.shape, config, mesh)
         expected[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if (folder / ORBAX_FOLDER).is_dir():
-        arrays = _read_orbax(folder / ORBAX_FOLDER, expected)
+        arrays = _read_orbax(folder, expected)
     else:
         arrays = _read_safetensors(_match(folder, FAMILIES[model_type].weights, expected), config, expected)
     weights = {}

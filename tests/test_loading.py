@@ -1,6 +1,7 @@
 """Checkpoints in, or one clear error."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tqdm as progress
 from safetensors.numpy import load_file, save_file
 
 import kivi_jax
@@ -307,6 +309,19 @@ def test_many_problems_are_cut_short(tmp_path):
         kivi_jax.load(write_checkpoint(tmp_path, tensors))
     assert len(str(error.value).splitlines()) == 22
     assert str(error.value).endswith("and 80 more")
+
+
+def test_progress_counts_bytes(tmp_path, monkeypatch):
+    bars = []
+
+    def tqdm(**arguments):
+        bars.append(progress.tqdm(**arguments | {"disable": False, "file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr("kivi_jax.weights.tqdm", tqdm)
+    kivi_jax.load(write_checkpoint(tmp_path), "float32")
+    (bar,) = bars
+    assert bar.n == bar.total == sum(tensor.nbytes for tensor in random_tensors(TINY).values())
 
 
 def split_qkv(config, tensor):
