@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import warnings
@@ -169,6 +170,17 @@ def repeated_tensor(folder):
     save_file(load_file(file) | {"model.embed_tokens.weight": np.zeros((101, 48), np.float32)}, file)
 
 
+def repeated_key(folder):
+    """One file with two tensors of a name, which Python's and Rust's JSON parsers would make one of."""
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    again = header["model.norm.weight"] | {"data_offsets": [len(data), len(data) + 48 * 4]}
+    text = f'{json.dumps(header)[:-1]}, "model.norm.weight": {json.dumps(again)}}}'.encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data + bytes(48 * 4))
+
+
 def changed(name, change):
     """Damage: the tensor `name` changed."""
 
@@ -237,6 +249,7 @@ def integers(folder):
         (mapped_to_pickles, "or not safetensors: .'pytorch_model.bin'"),
         (empty_map, "must map tensors to files"),
         (shard_cut_short, "model-00002-of-00003.safetensors is damaged or cut short"),
+        (repeated_key, "damaged or cut short"),
         (repeated_tensor, "both hold model.embed_tokens.weight"),
         (setting("temperature", "hot"), "temperature is out of range: 'hot'"),
         (setting("temperature", -1), "temperature is out of range: -1"),
