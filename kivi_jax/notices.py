@@ -17,6 +17,8 @@ from jaxtyping import Float
 # the channel's keys say nothing any more. Ordinary biases are of the order of one deviation, those of Qwen2 and
 # Qwen2.5 of dozens; 10 lies between with room for the outliers of small models.
 LARGE = 10.0
+# Layers that the notice proposes to keep exact; many more, and there is little left to quantize.
+MOST_EXACT = 4
 
 
 def warn_of_large_key_biases(weights: Mapping[str, Array], config: Any) -> None:
@@ -38,12 +40,12 @@ def warn_of_large_key_biases(weights: Mapping[str, Array], config: Any) -> None:
     layers = sorted(layer for layer, ratio in ratios.items() if ratio > LARGE)
     if not layers:
         return
-    worst = max(layers, key=ratios.__getitem__)
-    names = f"layer {worst}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
-    kept = ", ".join(f'{layer}: "bf16"' for layer in layers)
+    worst = sorted(layers, key=ratios.__getitem__, reverse=True)[:MOST_EXACT]
+    names = f"layers {', '.join(map(str, layers))}" if len(layers) > 1 else f"layer {layers[0]}"
+    kept = ", ".join(f'{layer}: "bf16"' for layer in sorted(worst))
     warnings.warn(
-        f"key biases of {names} are up to {ratios[worst]:.0f} times what the weights make of an input; 2-bit keys lose "
-        f'attention there. Use kv="kivi4" or another cache with 4-bit keys, or keep these layers exact: '
+        f"key biases of {names} are up to {ratios[worst[0]]:.0f} times what the weights make of an input; 2-bit keys "
+        f'lose attention there. Use kv="kivi4" or another cache with 4-bit keys, or keep the worst layers exact: '
         f"KVConfig(..., overrides={{{kept}}})",
         stacklevel=3,
     )

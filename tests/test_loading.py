@@ -500,6 +500,14 @@ def test_large_key_biases_get_one_notice(tmp_path):
     assert 150 / 1.9 < ratio < 150 / 1.6
 
 
+def test_the_worst_layers_are_proposed_to_be_kept(tmp_path):
+    folder = biased(tmp_path, [ordinary(0, std=10.0 + layer) for layer in range(6)])
+    with pytest.warns(UserWarning, match="layers 0, 1, 2, 3, 4, 5 are") as caught:
+        kivi_jax.load(folder)
+    message = str(caught[0].message)
+    assert 'overrides={2: "bf16", 3: "bf16", 4: "bf16", 5: "bf16"}' in message
+
+
 def test_ordinary_key_biases_get_none(tmp_path):
     folder = biased(tmp_path / "ordinary", [ordinary(0), ordinary(1, std=1.0)])
     with warnings.catch_warnings():
@@ -603,3 +611,14 @@ def test_loading_takes_little_beside_the_model(tmp_path):
     parameters = sum(np.prod(shape) for _, shape in loading_report.shapes(1024, 8, 32000))
     assert measured.model == 2 * parameters
     assert measured.model <= measured.peak < measured.model + largest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_report_prints_every_case(monkeypatch, capsys):
+    cases = (loading_report.Case("float32"), loading_report.Case("bfloat16", devices=4, converted=True))
+    monkeypatch.setattr(loading_report, "CASES", cases)
+    loading_report.main(hidden=512, layers=1, vocab=4096, shards=2)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    mebibytes = sum(np.prod(shape) for _, shape in loading_report.shapes(512, 1, 4096)) / 2**20
+    assert [row[:3] for row in rows] == [["safetensors", "float32", "1"], ["orbax", "bfloat16", "4"]]
+    assert [int(row[3]) for row in rows] == [round(4 * mebibytes), round(2 * mebibytes)]
