@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import jax
@@ -66,6 +67,23 @@ def generate(
         fail(str(error))
     for text, completion in zip(prompt, completions, strict=True):
         print(f"{text}{completion.text}\n")
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder, 'org/name' on the Hugging Face Hub, or 'demo'.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    dtype: Annotated[
+        str, typer.Option(help="To store weights in: bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Writes a model in a form that loads straight onto several devices: kivi_jax.load(OUT, mesh=...)."""
+    try:
+        kivi_jax.convert(model, out, dtype, revision=revision)
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        fail(str(error))
+    print(f"wrote {out}")
 
 
 def print_stream(prompt: str, steps: Iterator[list[kivi_jax.Completion]]) -> None:

@@ -51,7 +51,7 @@ FAMILIES = {
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights"],
-    meta_fields=["model_type", "config", "end_tokens", "tokenizer"],
+    meta_fields=["model_type", "config", "end_tokens", "tokenizer", "sampling_defaults"],
 )
 @dataclasses.dataclass(frozen=True)
 class Params:
@@ -63,6 +63,7 @@ class Params:
         config: the family's configuration.
         end_tokens: the ids that end a completion.
         tokenizer: the folder with the tokenizer's files, if there is one.
+        sampling_defaults: `sampling` as pairs, which can be hashed.
     """
 
     weights: Any
@@ -70,6 +71,12 @@ class Params:
     config: Config
     end_tokens: tuple[int, ...] = ()
     tokenizer: str | None = None
+    sampling_defaults: tuple[tuple[str, int | float], ...] = ()
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling that the model's authors recommend, as in `generate(params, prompts, **params.sampling)`."""
+        return dict(self.sampling_defaults)
 
     @property
     def dtype(self) -> Any:

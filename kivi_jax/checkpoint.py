@@ -1,0 +1,162 @@
+"""Hugging Face checkpoints on disk: JSON files, and tensors in safetensors files that are read piece by piece."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = WEIGHTS_FILE + ".index.json"
+# What safetensors calls the dtypes that weights may be stored in; 8 bits and fewer need scales that are elsewhere.
+STORED_DTYPES = ("BF16", "F16", "F32", "F64")
+# Of a tensor, read and converted at a time.
+PIECE_BYTES = 2**24
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is incomplete, damaged, or of a kind that isn't supported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, of which only the header was read.
+
+    Attributes:
+        file: the safetensors file.
+        name: the tensor's, in the file.
+        shape: of the whole tensor.
+        dtype: one of safetensors' names, such as "BF16".
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, index: tuple[slice, ...], dtype: Any) -> Float[np.ndarray, "..."]:
+        """The part of the tensor at `index`, a slice for each axis, as `dtype`.
+
+        The file is mapped only for as long as this takes, and no second copy of the part is made.
+
+        Raises:
+            CheckpointError: the file can't be read, or the part holds NaN, infinity or a number beyond `dtype`'s range.
+        """
+        (first, last), *others = (cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True))
+        part = _aligned_empty((last - first, *(stop - start for start, stop in others)), np.dtype(dtype))
+        rows = max(1, PIECE_BYTES * len(part) // max(1, part.nbytes))
+        with _open(self.file) as tensors:
+            stored = tensors.get_slice(self.name)
+            for start in range(first, last, rows):
+                stop = min(start + rows, last)
+                piece = stored[(slice(start, stop), *(slice(*bounds) for bounds in others))]
+                with np.errstate(over="ignore"):
+                    converted = piece.astype(dtype, copy=False)
+                if not np.isfinite(converted).all():
+                    raise CheckpointError(f"{self.file}: {self.name} {_what_is_wrong(piece, part.dtype)}")
+                part[start - first : stop - first] = converted
+        return part
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> Float[np.ndarray, "..."]:
+    """An array so aligned that JAX on a CPU takes it over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _what_is_wrong(piece: Float[np.ndarray, "..."], dtype: np.dtype) -> str:
+    if not np.isfinite(piece).all():
+        return "holds NaN or infinity"
+    return out_of_range(dtype)
+
+
+def out_of_range(dtype: Any) -> str:
+    """What is wrong with a weight that became infinite in `dtype`."""
+    advice = "; load it as bfloat16 or float32" if dtype == jnp.float16 else ""
+    return f"holds numbers beyond {dtype}'s range{advice}"
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor of a checkpoint, from the headers of its files.
+
+    Raises:
+        CheckpointError: files are missing, damaged, pickled, outside the folder, or two of them hold the same tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        for tensor in _header(file):
+            if (other := tensors.setdefault(tensor.name, tensor)) is not tensor:
+                raise CheckpointError(
+                    f"{folder}: {other.file.name} and {file.name} both hold {tensor.name}; which one counts is unknown"
+                )
+    return list(tensors.values())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its index names, or the single one."""
+    if (folder / INDEX_FILE).exists():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        if not names or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{folder / INDEX_FILE}: weight_map must map tensors to files")
+        if outside := [
+            name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+        ]:
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} names files outside the folder, or not safetensors: {sorted(outside)}"
+            )
+        files = [folder / name for name in sorted(names)]
+    else:
+        files = [folder / WEIGHTS_FILE]
+    if missing := [file.name for file in files if not file.exists()]:
+        pickled = any(folder.glob("*.bin"))
+        advice = (
+            "; pickled .bin weights are never loaded, as loading them can run code: take a revision with safetensors, "
+            "or save them again as safetensors"
+        )
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}{advice if pickled else ''}")
+    return files
+
+
+def _header(file: Path) -> list[StoredTensor]:
+    with _open(file) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118, not a dictionary
+        return [
+            StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
+        ]
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="np") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or cut short: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: there is no such file, or something else in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return content

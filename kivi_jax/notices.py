@@ -1,0 +1,62 @@
+"""What a user should hear about a model when it is loaded."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+# A layer's key biases count as large beyond this many standard deviations of what its weights make of an input.
+#
+# Rotated with the position, a bias b swings its channel between -b and b within a group, so that a 2-bit step is at
+# least 2b/3. What tells tokens apart, some ±2 deviations, then lies within one step when b is 6 deviations or more, and
+# the channel's keys say nothing any more. Ordinary biases are of the order of one deviation, those of Qwen2 and
+# Qwen2.5 of dozens; 10 lies between with room for the outliers of small models.
+LARGE = 10.0
+# Layers that the notice proposes to keep exact; many more, and there is little left to quantize.
+MOST_EXACT = 4
+
+
+def warn_of_large_key_biases(weights: Mapping[str, Array], config: Any) -> None:
+    """Warns once if low-bit keys would lose this model's attention, naming the layers and what to do.
+
+    Args:
+        weights: parameters by path.
+        config: the family's configuration.
+    """
+    if getattr(config, "alibi_slopes", None):
+        return  # not rotated: a constant, which the groups' zeros take up
+    ratios = {}
+    for path, bias in weights.items():
+        if match := re.fullmatch(r"layers\.(\d+)\.attention\.k_proj\.bias", path):
+            layer = int(match[1])
+            kernel = weights[f"layers.{layer}.attention.k_proj.kernel"]
+            scale = weights.get(f"layers.{layer}.input_norm.scale", jnp.ones(kernel.shape[-1], kernel.dtype))
+            ratios[layer] = float(_bias_in_deviations(bias, kernel, scale))
+    layers = sorted(layer for layer, ratio in ratios.items() if ratio > LARGE)
+    if not layers:
+        return
+    worst = sorted(layers, key=ratios.__getitem__, reverse=True)[:MOST_EXACT]
+    names = f"layers {', '.join(map(str, layers))}" if len(layers) > 1 else f"layer {layers[0]}"
+    kept = ", ".join(f'{layer}: "bf16"' for layer in sorted(worst))
+    warnings.warn(
+        f"key biases of {names} are up to {ratios[worst[0]]:.0f} times what the weights make of an input; 2-bit keys "
+        f'lose attention there. Use kv="kivi4" or another cache with 4-bit keys, or keep the worst layers exact: '
+        f"KVConfig(..., overrides={{{kept}}})",
+        stacklevel=3,
+    )
+
+
+@jax.jit
+def _bias_in_deviations(
+    bias: Float[Array, " outputs"], kernel: Float[Array, "outputs inputs"], scale: Float[Array, " inputs"]
+) -> Float[Array, ""]:
+    """The greatest bias over the standard deviation of a key's channels, for normalized inputs with independent
+    channels; the mean over the layer's channels, since one that hardly varies needs no precision of its own."""
+    gains = kernel.astype(jnp.float32) * scale.astype(jnp.float32)
+    deviation = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(gains), axis=1)))
+    return jnp.max(jnp.abs(bias.astype(jnp.float32))) / jnp.maximum(deviation, 1e-30)

@@ -1,0 +1,164 @@
+"""Named tensors into a model's parameters, one at a time, each onto the devices where it belongs."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from kivi_jax.checkpoint import STORED_DTYPES, CheckpointError, StoredTensor, stored_tensors
+from kivi_jax.models.registry import FAMILIES, Split, WeightRow, abstract_model
+from kivi_jax.models.sharding import parameter_sharding
+from kivi_jax.orbax_weights import ORBAX_FOLDER, restore_weights, stored_shapes
+
+# Tensors of older checkpoints that hold nothing a configuration doesn't.
+IGNORED = re.compile(r".*rotary_emb\.inv_freq")
+# Of a checkpoint's problems, as many as are told.
+TOLD_PROBLEMS = 20
+
+# Parameters by path, such as "layers.0.attention.k_proj.kernel".
+Expected = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def read_weights(
+    folder: Path, model_type: str, config: Any, dtype: Any, mesh: Mesh | None
+) -> dict[str, Array]:
+    """Every parameter of a model by its path, after all names, shapes and dtypes were checked.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    _, shapes = abstract_model(model_type, config, dtype)
+    expected = {}
+    for path, leaf in flat(shapes).items():
+        sharding = None if mesh is None else parameter_sharding(path, leaf.shape, config, mesh)
+        expected[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if (folder / ORBAX_FOLDER).is_dir():
+        arrays = _read_orbax(folder, expected)
+    else:
+        arrays = _read_safetensors(_match(folder, FAMILIES[model_type].weights, expected), config, expected)
+    weights = {}
+    with tqdm(
+        total=sum(leaf.size * leaf.dtype.itemsize for leaf in expected.values()),
+        desc="loading",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        leave=False,
+        disable=None,  # where nobody watches
+    ) as progress:
+        for path, array in arrays:
+            weights[path] = array.block_until_ready()  # or the host might hold many that are under way
+            progress.update(array.nbytes)
+    return weights
+
+
+def _read_orbax(folder: Path, expected: Expected) -> Iterator[tuple[str, Array]]:
+    stored = stored_shapes(folder)
+    problems = [f"unexpected {path}" for path in stored if path not in expected]
+    problems += [
+        f"{path} has shape {stored[path]}, expected {leaf.shape}"
+        for path, leaf in expected.items()
+        if stored.get(path, leaf.shape) != leaf.shape
+    ]
+    _refuse(folder, problems, [path for path in expected if path not in stored])
+    return restore_weights(folder, expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint's tensor, the parameters it holds, and what takes them apart if they are several."""
+
+    tensor: StoredTensor
+    paths: tuple[str, ...]
+    split: Split | None
+
+
+def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> list[Source]:
+    """Where each parameter comes from.
+
+    Raises:
+        CheckpointError: tensors and parameters don't fit together.
+    """
+    sources: dict[str, Source] = {}
+    problems = []
+    for tensor in stored_tensors(folder):
+        source = _source(tensor, table)
+        if source is None or not all(path in expected for path in source.paths):
+            # A tied head is sometimes saved a second time under its own name.
+            repeated = source is not None and source.paths == ("head.kernel",)
+            if not repeated and not IGNORED.fullmatch(tensor.name):
+                problems.append(f"unexpected {tensor.name}")
+            continue
+        shapes = [expected[path].shape for path in source.paths]
+        shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        if tensor.shape != shape:
+            problems.append(f"{tensor.name} has shape {tensor.shape}, expected {shape}")
+        if tensor.dtype not in STORED_DTYPES:
+            problems.append(f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(STORED_DTYPES)}")
+        for path in source.paths:
+            if (other := sources.setdefault(path, source)) is not source:
+                problems.append(f"{other.tensor.name} and {tensor.name} are both {path}")
+    _refuse(folder, problems, [path for path in expected if path not in sources])
+    return list(dict.fromkeys(sources.values()))
+
+
+def _source(tensor: StoredTensor, table: tuple[WeightRow, ...]) -> Source | None:
+    for pattern, templates, *split in table:
+        if match := re.fullmatch(pattern, tensor.name):
+            several = (templates,) if isinstance(templates, str) else templates
+            return Source(tensor, tuple(map(match.expand, several)), split[0] if split else None)
+    return None
+
+
+def _read_safetensors(sources: list[Source], config: Any, expected: Expected) -> Iterator[tuple[str, Array]]:
+    for source in sources:
+        leaves = [expected[path] for path in source.paths]
+        read = functools.partial(source.tensor.read, dtype=leaves[0].dtype)
+        if source.split is None:
+            yield source.paths[0], _place(leaves[0], read)
+            continue
+        parts = source.split(config, read((slice(None),) * len(source.tensor.shape)))
+        for path, leaf, part in zip(source.paths, leaves, parts, strict=True):
+            yield path, _place(leaf, part.__getitem__)
+
+
+def _place(leaf: jax.ShapeDtypeStruct, read: Callable[..., np.ndarray]) -> Array:
+    """An array on the device or the devices of `leaf`; `read` gives the part at an index."""
+    if leaf.sharding is None:
+        return jnp.asarray(read((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+
+def _refuse(folder: Path, problems: list[str], missing: list[str]) -> None:
+    problems = problems + [f"missing the tensor for {path}" for path in missing]
+    if len(problems) > TOLD_PROBLEMS:
+        problems = [*problems[:TOLD_PROBLEMS], f"and {len(problems) - TOLD_PROBLEMS} more"]
+    if problems:
+        raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  " + "\n  ".join(problems))
+
+
+def flat(nested: Mapping[Any, Any]) -> dict[str, Any]:
+    """The leaves of nested dictionaries by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(nested)
+    return {".".join(str(key.key) for key in keys): leaf for keys, leaf in leaves}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[Any, Any]:
+    """`flat` undone."""
+    root: dict[Any, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+        branch = root
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[last] = leaf
+    return root

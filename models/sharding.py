@@ -1,0 +1,44 @@
+"""Where parameters lie on a mesh: tensor parallelism over its axis "model" (Shoeybi et al. 2019).
+
+Projections into heads and into the feed-forward layer are split by outputs, those back by inputs, embeddings and head
+by vocabulary. Whatever else there is, and other axes of the mesh, hold copies.
+"""
+
+import re
+from typing import Any
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "model"
+_OUTPUTS, _INPUTS = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
+# Parameter path, how it is split, and the field of the configuration that counts the pieces it may be cut into: heads
+# stay whole. None: any.
+SPLITS = (
+    (r".*\.q_proj\.(kernel|bias)", _OUTPUTS, "num_heads"),
+    (r".*\.[kv]_proj\.(kernel|bias)", _OUTPUTS, "num_kv_heads"),
+    (r".*\.o_proj\.kernel", _INPUTS, "num_heads"),
+    (r".*\.(gate|up)_proj\.(kernel|bias)", _OUTPUTS, None),
+    (r".*\.down_proj\.kernel", _INPUTS, None),
+    (r"embed\.embedding|head\.(kernel|bias)", _OUTPUTS, None),
+)
+
+
+def parameter_sharding(path: str, shape: tuple[int, ...], config: Any, mesh: Mesh) -> NamedSharding:
+    """The sharding of the parameter at `path`; one that does not divide evenly is copied to every device."""
+    for pattern, split, unit in SPLITS:
+        if re.fullmatch(pattern, path):
+            pieces = getattr(config, unit) if unit else shape[split.index(AXIS)]
+            if pieces % mesh.shape[AXIS] == 0:
+                return NamedSharding(mesh, split)
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def tensor_parallel_mesh(mesh: Mesh) -> Mesh:
+    """`mesh` with axes that the compiler partitions over; explicit ones would ask each operation for its sharding.
+
+    Raises:
+        ValueError: there is no axis "model".
+    """
+    if AXIS not in mesh.axis_names:
+        raise ValueError(f"mesh must have an axis named {AXIS!r}, got {mesh.axis_names}")
+    return Mesh(mesh.devices, mesh.axis_names)
