@@ -55,6 +55,11 @@ class Params:
     def dtype(self) -> Any:
         return jax.tree.leaves(self.weights)[0].dtype
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Keyword arguments for `generate` that the checkpoint recommends."""
+        return {}
+
     def model(self) -> llama.Llama:
         """The Flax module with these weights."""
         graph, _ = abstract_model(self.model_type, self.config, self.dtype)
