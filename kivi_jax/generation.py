@@ -27,8 +27,6 @@ from kivi_jax.text import (
 STREAM_TOKENS = 8
 
 Prompts = str | Conversation | Sequence[Prompt]
-# Of one prompt: its completion, or with `n` its samples.
-Result = Completion | list[Completion]
 
 
 def generate(
@@ -46,7 +44,7 @@ def generate(
     n: int | None = None,
     stop: str | Sequence[str] | None = None,
     logprobs: bool = False,
-) -> Result | list[Completion] | list[list[Completion]]:
+) -> Completion | list[Completion] | list[list[Completion]]:
     """Completes one prompt or a batch of them.
 
     A row's greedy completion does not depend on the other rows, nor do its samples but through its place in the batch;
@@ -137,7 +135,7 @@ def stream(
     config = resolve_kv(kv, params.config.head_dim)
     sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
     stops = check_stops(params, stop)
-    listed: Sequence[Any] = [prompts] if _is_single(prompts) else prompts
+    listed: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
     ids = encode(params, listed)
     longest = max(map(len, ids), default=0)
     if longest + max_new_tokens > params.config.max_positions:
