@@ -1,9 +1,11 @@
 """The `kivi-jax` command."""
 
+import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import jax
 import typer
@@ -26,47 +28,92 @@ def generate(
         str, typer.Option(help="Folder, 'org/name' on the Hugging Face Hub, or 'demo'.")
     ] = "demo",
     kv: Annotated[
-        str, typer.Option(help="Storage of the KV state: bf16, kivi4, kivi-k4v2, kivi-k2v4 or kivi2.")
+        str, typer.Option(help=f"Storage of the KV state: {', '.join(kivi_jax.kv.PRESETS)}.")
     ] = "kivi2",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are a user's messages, to be answered by a chat model.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="System message before each prompt, with --chat.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate for a prompt.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token, more samples.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0, the default, takes the most likely token, more samples.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Sample among the fewest tokens that reach this probability.")
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample among tokens at least this times as likely as the most likely one."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="More than 1 discourages tokens that are there already.")
+    ] = None,
+    model_sampling: Annotated[
+        bool, typer.Option("--model-sampling", help="Sample as the checkpoint recommends; other flags win.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON for each completion when all are done.")
+    ] = False,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="Add each token's log-probability, with --json.")
+    ] = False,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(help="Most prompt tokens to run at a time, for long prompts in little memory."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
 ) -> None:
     """Completes prompts. One prompt streams its text as it comes; of several, each is printed when all are done."""
+    if system is not None and not chat:
+        fail("--system needs --chat")
+    if logprobs and not as_json:
+        fail("--logprobs needs --json")
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        params = kivi_jax.load(model, dtype=dtype)
-        steps = kivi_jax.stream(
+        params = kivi_jax.load(model, dtype=dtype, revision=revision)
+        steps: Iterator[Any] = kivi_jax.stream(
             params,
-            prompt,
+            [conversation(text, system) for text in prompt] if chat else prompt,
             kv,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
             seed=seed,
+            n=samples,
             stop=stop,
+            logprobs=logprobs,
+            prefill_chunk=prefill_chunk,
+            **(params.sampling if model_sampling else {}) | given,
         )
-        if len(prompt) == 1:
-            print_stream(prompt[0], steps)
+        shown = [""] * len(prompt) if chat else prompt
+        if len(prompt) == samples == 1 and not as_json:
+            print_stream(shown[0], (completion for ((completion,),) in steps))
             return
-        completions: list[kivi_jax.Completion] = []
-        with tqdm(
-            total=len(prompt) * max_new_tokens, unit="token", desc="generating", leave=False
-        ) as progress:
-            for completions in steps:
-                progress.update(sum(len(completion.tokens) for completion in completions) - progress.n)
+        results: list[list[kivi_jax.Completion]] = []
+        total = len(prompt) * samples * max_new_tokens
+        with tqdm(total=total, unit="token", desc="generating", leave=False) as progress:
+            for results in steps:
+                done = sum(len(completion.tokens) for completions in results for completion in completions)
+                progress.update(done - progress.n)
+        for text, before, completions in zip(prompt, shown, results, strict=True):
+            for completion in completions:
+                print(json_line(text, completion) if as_json else f"{before}{completion.text}\n")
     except BrokenPipeError:  # whoever read along has had enough
         raise SystemExit(1) from None
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:  # the last: out of memory
         fail(str(error))
-    for text, completion in zip(prompt, completions, strict=True):
-        print(f"{text}{completion.text}\n")
 
 
 @app.command()
@@ -86,11 +133,24 @@ def convert(
     print(f"wrote {out}")
 
 
-def print_stream(prompt: str, steps: Iterator[list[kivi_jax.Completion]]) -> None:
+def conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """A user's message, after a system message if there is one."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return [*messages, {"role": "user", "content": prompt}]
+
+
+def json_line(prompt: str, completion: kivi_jax.Completion) -> str:
+    fields = dataclasses.asdict(completion)
+    if completion.logprobs is None:
+        del fields["logprobs"]
+    return json.dumps({"prompt": prompt} | fields)
+
+
+def print_stream(prompt: str, completions: Iterator[kivi_jax.Completion]) -> None:
     """Prints what each step adds to the text."""
     print(prompt, end="", flush=True)
     printed = 0
-    for (completion,) in steps:
+    for completion in completions:
         text = completion.text or ""
         # Half a character decodes to U+FFFD until its last byte is there.
         whole = text if completion.finish_reason else text.rstrip("\ufffd")

@@ -179,7 +179,7 @@ def after(mask: Bool[Array, " B"], computed: Float[Array, "B ..."]) -> Bool[Arra
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["state", "tokens", "steps", "last", "active", "keys"],
+    data_fields=["state", "tokens", "steps", "last", "active", "keys", "logprobs", "seen"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +193,8 @@ class Decoding:
         last: int32 `[B]`, the newest token.
         active: bool `[B]`, the rows that have not ended; a row ends by an end token, which stays in `tokens`.
         keys: one random key a row, so that a row's samples don't depend on its neighbours.
+        logprobs: float32 `[B, N]`, the log-probability of each of `tokens`, if asked for.
+        seen: bool `[B, vocab]`, the tokens of a row's prompt and completion, if the sampler penalizes repetition.
     """
 
     state: KVState
@@ -201,9 +203,11 @@ class Decoding:
     last: Any
     active: Any
     keys: Any
+    logprobs: Any = None
+    seen: Any = None
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "kv", "max_new_tokens"))
+@functools.partial(jax.jit, static_argnames=("capacity", "kv", "max_new_tokens", "logprobs", "prefill_chunk"))
 def start_decoding(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -212,14 +216,25 @@ def start_decoding(
     keys: Array,
     sampler: Sampler,
     *,
-    active: Bool[Array, " B"],
+    active: Bool[Array, " rows"],
     capacity: int,
     kv: KVConfig,
     max_new_tokens: int,
+    prompt_rows: Int[Array, " rows"] | None = None,
+    logprobs: bool = False,
+    prefill_chunk: int | None = None,
 ) -> Decoding:
-    """Prefills a new state and samples the first token of every active row."""
-    batch = tokens.shape[0]
-    logits, state = prefill(params, tokens, lengths, init_state(params, batch, capacity, kv))
+    """Prefills a new state and samples the first token of every active row.
+
+    Row i continues prompt i, or prompt `prompt_rows[i]`: several rows can share a prompt that is prefilled once.
+    """
+    batch = active.shape[0]
+    state = init_state(params, tokens.shape[0], capacity, kv)
+    logits, state = _prefill_in_chunks(params, tokens, lengths, state, prefill_chunk)
+    penalized = sampler.repetition_penalty is not None
+    seen = _seen_tokens(tokens, lengths, logits.shape[-1]) if penalized else None
+    if prompt_rows is not None:
+        logits, state, seen = jax.tree.map(lambda leaf: leaf[prompt_rows], (logits, state, seen))
     decoding = Decoding(
         state=state,
         tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
@@ -227,8 +242,33 @@ def start_decoding(
         last=jnp.zeros(batch, jnp.int32),
         active=active,
         keys=keys,
+        logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32) if logprobs else None,
+        seen=seen,
     )
     return _take_token(decoding, logits, end_tokens, sampler)
+
+
+def _prefill_in_chunks(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    state: KVState,
+    size: int | None,
+) -> tuple[Float[Array, "B vocab"], KVState]:
+    """`prefill` of at most `size` tokens a row at a time, as many times as the longest row needs."""
+    if size is None or tokens.shape[1] <= size:
+        return prefill(params, tokens, lengths, state)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % size)))
+
+    def step(i: Array, carry: tuple[Array, KVState]) -> tuple[Array, KVState]:
+        logits, state = carry
+        counts = jnp.clip(lengths - i * size, 0, size)
+        chunk = jax.lax.dynamic_slice_in_dim(tokens, i * size, size, axis=1)
+        newer, state = extend(params, chunk, counts, state)
+        return jnp.where(counts[:, None] > 0, newer, logits), state
+
+    first = prefill(params, tokens[:, :size], jnp.minimum(lengths, size), state)
+    return jax.lax.fori_loop(1, -(-lengths.max() // size), step, first)
 
 
 @functools.partial(jax.jit, donate_argnames="decoding")
@@ -256,12 +296,30 @@ def _take_token(
 ) -> Decoding:
     """Samples the next token of every row and writes it down."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(decoding.keys, decoding.steps)
-    token = sampler(logits, keys)
+    token = sampler(logits, keys, decoding.seen)
     ended = (token[:, None] == end_tokens).any(-1)
+    column = (0, decoding.steps)
+    logprobs, seen = decoding.logprobs, decoding.seen
+    if logprobs is not None:
+        taken = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)
+        logprobs = jax.lax.dynamic_update_slice(logprobs, taken, column)
+    if seen is not None:
+        seen = seen | jax.nn.one_hot(token, seen.shape[-1], dtype=bool)
     return dataclasses.replace(
         decoding,
-        tokens=jax.lax.dynamic_update_slice(decoding.tokens, token[:, None], (0, decoding.steps)),
+        tokens=jax.lax.dynamic_update_slice(decoding.tokens, token[:, None], column),
         steps=decoding.steps + 1,
         last=token,
         active=decoding.active & ~ended,
+        logprobs=logprobs,
+        seen=seen,
     )
+
+
+def _seen_tokens(
+    tokens: Int[Array, "B T"], lengths: Int[Array, " B"], vocab_size: int
+) -> Bool[Array, "B vocab"]:
+    """Which tokens each row's prompt has; padding doesn't count."""
+    tokens = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, vocab_size)
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, tokens].set(True, mode="drop")

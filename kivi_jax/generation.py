@@ -1,7 +1,8 @@
 """Text in, text out."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,21 @@ from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.models.registry import Params
 from kivi_jax.sampling import Sampler, make_sampler
-from kivi_jax.text import Completion, CompletionReader, check_stops, encode
+from kivi_jax.text import (
+    CONTEXT_TOKENS,
+    Completion,
+    CompletionReader,
+    Conversation,
+    Prompt,
+    check_stops,
+    encode,
+    is_conversation,
+)
 
 # Tokens between looks at the text, while stop strings can end a row or somebody reads along.
 STREAM_TOKENS = 8
 
-Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+Prompts = str | Conversation | Sequence[Prompt]
 
 
 def generate(
@@ -28,9 +38,14 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    n: int | None = None,
     stop: str | Sequence[str] | None = None,
-) -> Completion | list[Completion]:
+    logprobs: bool = False,
+    prefill_chunk: int | None = None,
+) -> Completion | list[Completion] | list[list[Completion]]:
     """Completes one prompt or a batch of them.
 
     A row's greedy completion does not depend on the other rows, nor do its samples but through its place in the batch;
@@ -38,23 +53,36 @@ def generate(
 
     Args:
         params: from `load`.
-        prompts: a text, a list of texts, or a list of token-id lists (which needs no tokenizer).
-        kv: storage of the KV state: "bf16", "kivi4", "kivi-k4v2", "kivi-k2v4", "kivi2" or a `KVConfig`.
+        prompts: a text, a conversation (a list of `{"role": ..., "content": ...}` messages, which the checkpoint's
+            chat template turns into a prompt for the next answer), or a list of texts, conversations or lists of token
+            ids (which need no tokenizer).
+        kv: storage of the KV state: the name of one of `kivi_jax.kv.PRESETS`, such as "bf16", "kivi4" or "kivi2", or a
+            `KVConfig`.
         max_new_tokens: most tokens to generate for a prompt.
         temperature: 0 takes the most likely token, more samples.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the fewest tokens that together reach this probability.
+        min_p: sample among the tokens at least this times as likely as the most likely one. The cuts follow the
+            temperature in this order, `sampling.Random` says exactly how.
+        repetition_penalty: divides the positive and multiplies the other logits of all tokens that a row's prompt or
+            completion has already, so more than 1 discourages them; also where temperature is 0.
         seed: of the samples.
+        n: samples of every prompt, which is prefilled once; the first is what None, a single one, gives.
         stop: strings that end a completion, which then ends before them.
+        logprobs: also give the log-probability of every token, see `Completion`.
+        prefill_chunk: most prompt tokens to run at a time, which bounds the memory of activations; a later chunk
+            attends the earlier ones as they are stored. None runs prompts whole and attends them exactly.
 
     Returns:
-        A `Completion` for a `str`, else a list of them in the order of the prompts.
+        A `Completion` for a text or a conversation, else a list of them in the order of the prompts. With `n`, a list
+        of n `Completion`s in place of each.
 
     Raises:
         ValueError: an unknown `kv`, a setting out of range, an empty prompt, a token outside the vocabulary, texts or
-            stop strings without a tokenizer, or more tokens than the model has positions.
+            stop strings without a tokenizer, a conversation without a chat template or refused by it, several greedy
+            samples, or more tokens than the model has positions.
     """
-    *_, completions = stream(
+    *_, results = stream(
         params,
         prompts,
         kv,
@@ -62,11 +90,16 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
+        n=n,
         stop=stop,
+        logprobs=logprobs,
+        prefill_chunk=prefill_chunk,
         chunk=STREAM_TOKENS if stop else None,
     )
-    return completions[0] if isinstance(prompts, str) else completions
+    return results[0] if _is_single(prompts) else results
 
 
 def stream(
@@ -78,74 +111,112 @@ def stream(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    n: int | None = None,
     stop: str | Sequence[str] | None = None,
+    logprobs: bool = False,
+    prefill_chunk: int | None = None,
     chunk: int | None = STREAM_TOKENS,
-) -> Iterator[list[Completion]]:
+) -> Iterator[list[Completion] | list[list[Completion]]]:
     """Generates like `generate`, with its arguments, and yields all completions so far after every `chunk` tokens.
 
-    The first yield comes a token later, and with a `chunk` of None only the end result does.
+    What it yields is a list with an item for each prompt, also for a single one. The first yield comes a token later,
+    and with a `chunk` of None only the end result does.
 
     Raises:
         ValueError: as `generate`, or `chunk` is less than 1; both at once, before anything is generated.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, or None for the end result only, got {chunk}")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk must be at least 1, or None for whole prompts, got {prefill_chunk}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit 64 bits, got {seed}")
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1, or None for a single sample, got {n}")
+    if n is not None and n > 1 and temperature == 0:
+        raise ValueError(f"{n} samples at temperature 0 would all be the same; set a temperature above 0")
     config = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
-    sampler = make_sampler(temperature, top_k, top_p)
+    sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
     stops = check_stops(params, stop)
-    ids = encode(params, [prompts] if isinstance(prompts, str) else prompts)
+    listed: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
+    ids = encode(params, listed)
     longest = max(map(len, ids), default=0)
     if longest + max_new_tokens > params.config.max_positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's "
             f"{params.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
         )
+    if not ids:
+        return iter([[]])
+    batch = PromptBatch.pad(ids, 1 if n is None else n, max_new_tokens)
     readers = [
-        CompletionReader(prompt, params.end_tokens, params.tokenizer, stops, max_new_tokens) for prompt in ids
+        CompletionReader(
+            () if is_conversation(prompt) else tokens[-CONTEXT_TOKENS:],
+            params.end_tokens,
+            params.tokenizer,
+            stops,
+            max_new_tokens,
+        )
+        for prompt, tokens in zip(listed, ids, strict=True)
+        for _ in range(1 if n is None else n)
     ]
-    return _stream(params, readers, config, sampler, seed, chunk)
+    steps = _stream(params, batch, readers, config, sampler, seed, logprobs, prefill_chunk, chunk)
+    if n is None:
+        return steps
+    return ([step[row : row + n] for row in range(0, len(step), n)] for step in steps)
+
+
+def _is_single(prompts: Prompts) -> bool:
+    """Whether this is one prompt; a lone message counts, so that `encode` refuses it instead of reading its keys."""
+    return isinstance(prompts, str | Mapping) or is_conversation(prompts)
 
 
 def _stream(
     params: Params,
+    batch: "PromptBatch",
     readers: list[CompletionReader],
     config: KVConfig,
     sampler: Sampler,
     seed: int,
+    with_logprobs: bool,
+    prefill_chunk: int | None,
     chunk: int | None,
 ) -> Iterator[list[Completion]]:
-    if not readers:
-        yield []
-        return
+    """Generates and yields the completions of the rows that have a reader."""
     max_new_tokens = readers[0].max_new_tokens
     end_tokens = jnp.asarray(params.end_tokens, jnp.int32)
-    batch = PromptBatch.pad([reader.prompt for reader in readers], max_new_tokens)
-    rows = jnp.arange(len(batch.lengths))
+    rows = np.arange(len(batch.samples))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.prompt_rows)
+    keys = jax.vmap(jax.random.fold_in)(keys, batch.samples)
     decoding = start_decoding(
         params,
         jnp.asarray(batch.tokens),
         jnp.asarray(batch.lengths),
         end_tokens,
-        jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows),
+        keys,
         sampler,
-        active=rows < len(readers),
+        active=jnp.asarray(rows < len(readers)),
         capacity=batch.capacity,
         kv=config,
         max_new_tokens=_bucket(max_new_tokens, least=16),
+        prompt_rows=None if batch.samples.max() == 0 else jnp.asarray(batch.prompt_rows),
+        logprobs=with_logprobs,
+        prefill_chunk=prefill_chunk,
     )
     completions = [Completion(None, [], None)] * len(readers)
     while True:
         steps = int(decoding.steps)
-        generated = np.asarray(decoding.tokens)[:, :steps].tolist()
+        tokens = np.asarray(decoding.tokens)[:, :steps].tolist()
+        logprobs = None if decoding.logprobs is None else np.asarray(decoding.logprobs)[:, :steps].tolist()
         # A finished row's columns go on being filled, with anything.
         completions = [
-            done if done.finish_reason else reader.read(tokens)
-            for done, reader, tokens in zip(completions, readers, generated, strict=False)
+            done if done.finish_reason else reader.read(tokens[row], logprobs and logprobs[row])
+            for row, (done, reader) in enumerate(zip(completions, readers, strict=True))
         ]
         running = [completion.finish_reason is None for completion in completions]
         if not any(running):
@@ -153,7 +224,7 @@ def _stream(
             return
         if chunk is not None and steps > 1:
             yield completions
-        running += [False] * (len(batch.lengths) - len(readers))
+        running += [False] * (len(rows) - len(readers))
         decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running))
         until = max_new_tokens if chunk is None else min(steps + chunk, max_new_tokens)
         decoding = continue_decoding(params, decoding, end_tokens, sampler, jnp.int32(until))
@@ -166,22 +237,28 @@ class PromptBatch:
     Attributes:
         tokens: int32 `[B, T]`, right-padded.
         lengths: int32 `[B]`; rows that only fill up the batch have one token.
+        prompt_rows: int32 `[N]`, the row of `tokens` that each row of the generation continues.
+        samples: int32 `[N]`, which of its prompt's samples a row of the generation is.
         capacity: tokens a row of the KV state must hold.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    prompt_rows: np.ndarray
+    samples: np.ndarray
     capacity: int
 
     @classmethod
-    def pad(cls, ids: Sequence[Sequence[int]], max_new_tokens: int) -> "PromptBatch":
+    def pad(cls, ids: Sequence[Sequence[int]], n: int, max_new_tokens: int) -> "PromptBatch":
         longest = max(map(len, ids))
         tokens = np.zeros((_bucket(len(ids)), _bucket(longest, least=16)), np.int32)
         lengths = np.ones(len(tokens), np.int32)
         for row, prompt in enumerate(ids):
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
-        return cls(tokens, lengths, _bucket(longest + max_new_tokens, least=16))
+        rows = np.arange(_bucket(len(ids) * n), dtype=np.int32)
+        prompt_rows = np.minimum(rows // n, len(tokens) - 1)
+        return cls(tokens, lengths, prompt_rows, rows % n, _bucket(longest + max_new_tokens, least=16))
 
 
 def _bucket(size: int, least: int = 1) -> int:

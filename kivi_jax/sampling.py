@@ -7,64 +7,107 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 LEAST_TEMPERATURE = 1e-6  # as good as greedy; much less and float32 logits overflow
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["repetition_penalty"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """The most likely token; of equals, the one with the lowest id."""
+    """The most likely token, of equals the one with the lowest id, after the `repetition_penalty` (see `penalize`)."""
 
-    def __call__(self, logits: Float[Array, "B vocab"], keys: Any) -> Int[Array, " B"]:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    repetition_penalty: Any = None
+
+    def __call__(
+        self, logits: Float[Array, "B vocab"], keys: Any, seen: Bool[Array, "B vocab"] | None = None
+    ) -> Int[Array, " B"]:
+        return jnp.argmax(penalize(logits, seen, self.repetition_penalty), axis=-1).astype(jnp.int32)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["temperature", "top_k", "top_p"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_k", "top_p", "min_p", "repetition_penalty"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Random:
-    """A token drawn from softmax(logits / temperature), cut to the `top_k` most likely tokens, and of what then
-    remains to the fewest most likely ones that together reach probability `top_p` (Holtzman et al. 2020).
+    """A token drawn from a distribution that is shaped in this order, which is transformers':
 
-    The fields are values and not part of the compiled program; only whether top_k and top_p are None is.
+    - the `repetition_penalty` (see `penalize`);
+    - softmax(logits / temperature);
+    - `top_k`: the k most likely tokens;
+    - `top_p`: of what then remains, the fewest most likely ones that together reach this probability (Holtzman et
+      al. 2020);
+    - `min_p`: the tokens at least this times as likely as the most likely one (Nguyen et al. 2024).
+
+    Tokens as likely as the last one that a cut keeps are kept with it. The fields are values and not part of the
+    compiled program; only whether they are None is.
     """
 
     temperature: Any
     top_k: Any = None
     top_p: Any = None
+    min_p: Any = None
+    repetition_penalty: Any = None
 
-    def __call__(self, logits: Float[Array, "B vocab"], keys: Any) -> Int[Array, " B"]:
-        logits = logits / self.temperature
+    def __call__(
+        self, logits: Float[Array, "B vocab"], keys: Any, seen: Bool[Array, "B vocab"] | None = None
+    ) -> Int[Array, " B"]:
+        return jax.vmap(jax.random.categorical)(keys, self.scores(logits, seen)).astype(jnp.int32)
+
+    def scores(
+        self, logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None = None
+    ) -> Float[Array, "B vocab"]:
+        """Logits of the distribution that tokens are drawn from, -inf for those that are cut."""
+        logits = penalize(logits, seen, self.repetition_penalty) / self.temperature
+        least = jnp.full((logits.shape[0], 1), -jnp.inf)
         if self.top_k is not None or self.top_p is not None:
-            logits = self._cut(logits)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+            least = self._least_of_the_top(logits)
+        if self.min_p is not None:
+            least = jnp.maximum(least, logits.max(axis=-1, keepdims=True) + jnp.log(self.min_p))
+        return jnp.where(logits < least, -jnp.inf, logits)
 
-    def _cut(self, logits: Float[Array, "B vocab"]) -> Float[Array, "B vocab"]:
-        """Logits with -inf for the tokens that are not to be drawn."""
-        order = jnp.argsort(-logits, axis=-1)
-        ranked = jnp.take_along_axis(logits, order, axis=-1)
-        kept = jnp.ones_like(ranked, bool)
+    def _least_of_the_top(self, logits: Float[Array, "B vocab"]) -> Float[Array, "B 1"]:
+        """The least logit that `top_k` and `top_p` keep."""
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        least = ranked[:, -1:]
         if self.top_k is not None:
-            kept = kept & (jnp.arange(ranked.shape[-1]) < self.top_k)
+            least = jnp.take(ranked, jnp.minimum(self.top_k, ranked.shape[-1]) - 1, axis=-1)[:, None]
         if self.top_p is not None:
-            probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+            probabilities = jax.nn.softmax(jnp.where(ranked < least, -jnp.inf, ranked), axis=-1)
             before = jnp.cumsum(probabilities, axis=-1) - probabilities
-            kept = kept & (before < self.top_p)
-        rows = jnp.arange(logits.shape[0])[:, None]
-        return jnp.full_like(logits, -jnp.inf).at[rows, order].set(jnp.where(kept, ranked, -jnp.inf))
+            reaching = jnp.where(before < self.top_p, ranked, jnp.inf).min(axis=-1, keepdims=True)
+            least = jnp.maximum(least, reaching)
+        return least
 
 
 Sampler = Greedy | Random
 
 
-def make_sampler(temperature: float, top_k: int | None = None, top_p: float | None = None) -> Sampler:
+def penalize(
+    logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None, penalty: Any
+) -> Float[Array, "B vocab"]:
+    """Logits of the tokens that a row has `seen` divided by `penalty` where positive and multiplied by it where not
+    (Keskar et al. 2019); with a penalty of None, just the logits.
+    """
+    if penalty is None:
+        return logits
+    assert seen is not None
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def make_sampler(
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> Sampler:
     """The sampler for these settings; temperature 0 is greedy.
 
     Raises:
-        ValueError: temperature < 0, top_k < 1, or top_p outside (0, 1].
+        ValueError: temperature < 0, top_k < 1, top_p outside (0, 1], min_p outside [0, 1], repetition_penalty <= 0.
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
@@ -72,10 +115,18 @@ def make_sampler(temperature: float, top_k: int | None = None, top_p: float | No
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be in [0, 1], got {min_p}")
+    if not 0 < repetition_penalty < float("inf"):
+        raise ValueError(f"repetition_penalty must be positive, and 1 for none, got {repetition_penalty}")
+    penalty = None if repetition_penalty == 1 else jnp.float32(repetition_penalty)
     if temperature == 0:
-        return Greedy()
+        return Greedy(penalty)
     return Random(
         jnp.float32(max(temperature, LEAST_TEMPERATURE)),
+        # Settings that cut nothing are left out: summed up in float32, 1 can be reached too early.
         None if top_k is None else jnp.int32(min(top_k, 2**31 - 1)),
-        None if top_p is None else jnp.float32(top_p),
+        None if top_p in (None, 1) else jnp.float32(top_p),
+        None if min_p in (None, 0) else jnp.float32(min_p),
+        penalty,
     )

@@ -1,14 +1,17 @@
-"""Between texts and token ids: prompts encoded, completions decoded and cut at stop strings."""
+"""Between texts and token ids: prompts and conversations encoded, completions decoded and cut at stop strings."""
 
 import bisect
 import dataclasses
 import functools
 import operator
 import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
 from kivi_jax.models.registry import Params
+
+Conversation = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Conversation
 
 # Tokens of the prompt that are decoded along with a completion: what a tokenizer makes of a token, its leading space
 # above all, can depend on the few before it.
@@ -23,11 +26,14 @@ class Completion:
         text: the decoded tokens, as they continue the prompt; None if the checkpoint has no tokenizer.
         tokens: generated ids, without the end token; after a stop string, those up to its last one.
         finish_reason: "stop" after an end token or a stop string, "length" at `max_new_tokens`; None while unfinished.
+        logprobs: natural logarithm of the probability the model gave each of `tokens`, in nats: the log-softmax of its
+            float32 logits, before temperature, repetition penalty and cuts; None if they weren't asked for.
     """
 
     text: str | None
     tokens: list[int]
     finish_reason: Literal["stop", "length"] | None
+    logprobs: list[float] | None = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -47,26 +53,26 @@ def load_tokenizer(folder: str) -> Any:
         raise ValueError(f"{folder}: the tokenizer can't be loaded: {error}") from error
 
 
-def encode(params: Params, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+def is_conversation(prompt: Any) -> TypeGuard[Conversation]:
+    """Whether `prompt` is a list of messages."""
+    return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(part, Mapping) for part in prompt)
+
+
+def encode(params: Params, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of every prompt.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, a text but no tokenizer, or something else.
+        ValueError: an empty prompt, a token outside the vocabulary, a text but no tokenizer, a conversation but no chat
+            template or one that refuses it, or something else.
     """
     encoded = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            if params.tokenizer is None:
-                raise ValueError("this checkpoint has no tokenizer; pass prompts as lists of token ids")
-            ids = load_tokenizer(params.tokenizer).encode(prompt) if prompt else []
+            ids = _tokenizer(params).encode(prompt) if prompt else []
+        elif is_conversation(prompt):
+            ids = _encode_conversation(_tokenizer(params), prompt, number)
         else:
-            try:
-                ids = [operator.index(token) for token in prompt]
-            except TypeError:
-                raise ValueError(
-                    f"prompt {number} must be a text or a list of token ids, got {prompt!r}; "
-                    f"a single list of ids belongs in another list"
-                ) from None
+            ids = _check_ids(prompt, number)
         if not ids:
             raise ValueError(f"prompt {number} is empty; give it at least one token")
         if outside := [token for token in ids if not 0 <= token < params.config.vocab_size]:
@@ -75,6 +81,43 @@ def encode(params: Params, prompts: Sequence[str | Sequence[int]]) -> list[list[
             )
         encoded.append(ids)
     return encoded
+
+
+def _tokenizer(params: Params) -> Any:
+    if params.tokenizer is None:
+        raise ValueError("this checkpoint has no tokenizer; pass prompts as lists of token ids")
+    return load_tokenizer(params.tokenizer)
+
+
+def _check_ids(prompt: Any, number: int) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError(
+            f"prompt {number} must be a text, a list of token ids or a list of messages, got {prompt!r}; "
+            f"a single list of ids belongs in another list, and a single message in a list"
+        ) from None
+
+
+def _encode_conversation(tokenizer: Any, messages: Conversation, number: int) -> list[int]:
+    """Token ids of messages and the header of the answer, as the checkpoint's own chat template has them."""
+    for message in messages:
+        if not {"role", "content"} <= message.keys():
+            raise ValueError(
+                f"a message of prompt {number} needs 'role' and 'content', got {dict(message)!r}"
+            )
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "this checkpoint's tokenizer has no chat template, so it can't take messages; "
+            "pass the conversation as one text, formatted as the model expects it"
+        )
+    try:
+        # Jinja runs the template in its sandbox. Beginning tokens are the template's business: none is added to them.
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates raise what they like for conversations they can't take
+        raise ValueError(
+            f"prompt {number}: the checkpoint's chat template does not take this conversation: {error}"
+        ) from error
 
 
 def check_stops(params: Params, stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -93,16 +136,30 @@ def check_stops(params: Params, stop: str | Sequence[str] | None) -> tuple[str, 
 
 @dataclasses.dataclass(frozen=True)
 class CompletionReader:
-    """Reads what was generated after one prompt."""
+    """Reads what was generated after one prompt.
 
-    prompt: Sequence[int]
+    Attributes:
+        context: the last tokens of the prompt if the completion continues its text. An answer in a conversation begins
+            a text of its own, and has none.
+        end_tokens: ids that end a completion.
+        tokenizer: the folder with the tokenizer's files, if there is one.
+        stops: strings that end a completion.
+        max_new_tokens: where a completion ends otherwise.
+    """
+
+    context: Sequence[int]
     end_tokens: tuple[int, ...]
     tokenizer: str | None
     stops: tuple[str, ...]
     max_new_tokens: int
 
-    def read(self, tokens: list[int]) -> Completion:
+    def read(self, tokens: list[int], logprobs: list[float] | None = None) -> Completion:
         """The completion that `tokens`, all that was generated so far, amount to."""
+        text, count, finish_reason = self._read(tokens)
+        return Completion(text, tokens[:count], finish_reason, logprobs and logprobs[:count])
+
+    def _read(self, tokens: list[int]) -> tuple[str | None, int, Literal["stop", "length"] | None]:
+        """Text, number of tokens and finish reason of the completion."""
         finish_reason: Literal["stop", "length"] | None = (
             "length" if len(tokens) == self.max_new_tokens else None
         )
@@ -110,7 +167,7 @@ class CompletionReader:
         if ends:
             tokens, finish_reason = tokens[: ends[0]], "stop"
         if self.tokenizer is None:
-            return Completion(None, tokens, finish_reason)
+            return None, len(tokens), finish_reason
         text = self._decode(tokens)
         if self._first_stop(text) is not None:
             # The first tokens that complete a stop string decide, whatever was generated since.
@@ -124,11 +181,11 @@ class CompletionReader:
             text = text[: self._first_stop(text)]
         elif finish_reason is None:
             text = text[: len(text) - self._begun_stop(text)]
-        return Completion(text, tokens, finish_reason)
+        return text, len(tokens), finish_reason
 
     def _decode(self, tokens: list[int]) -> str:
         decode = functools.partial(load_tokenizer(str(self.tokenizer)).decode, skip_special_tokens=True)
-        context = list(self.prompt[-CONTEXT_TOKENS:])
+        context = list(self.context)
         before, whole = decode(context), decode(context + tokens)
         # Where the prompt ends within a character, the context decodes differently once the character is whole.
         return whole[len(before) :] if whole.startswith(before) else decode(tokens)

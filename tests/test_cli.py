@@ -1,5 +1,8 @@
 """The command as a user runs it."""
 
+import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 
@@ -8,11 +11,31 @@ from typer.testing import CliRunner
 
 import kivi_jax
 from kivi_jax.cli import app
+from kivi_jax.loading import DEMO_FOLDER
 from tests.checkpoints import write_checkpoint
+
+SAMPLED = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def run(*arguments):
     return CliRunner().invoke(app, arguments)
+
+
+def flags(settings):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """The demo model, said to be one for chats."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(DEMO_FOLDER, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
 
 
 def test_prints_prompt_and_completion():
@@ -36,6 +59,53 @@ def test_several_prompts_are_one_batch():
         assert f"{prompt}{completion.text}\n" in result.stdout
 
 
+def test_prints_every_sample():
+    expected = kivi_jax.generate(kivi_jax.load("demo"), "import os", n=3, seed=4, **SAMPLED)
+    result = run("generate", "--prompt=import os", "--samples=3", "--seed=4", *flags(SAMPLED))
+    assert result.exit_code == 0
+    assert result.stdout == "".join(f"import os{completion.text}\n\n" for completion in expected)
+
+
+def test_json_has_all_of_each_completion():
+    prompts = ["import os", "Return the number of"]
+    expected = kivi_jax.generate(kivi_jax.load("demo"), prompts, n=2, logprobs=True, **SAMPLED)
+    arguments = ["--samples=2", "--json", "--logprobs", *flags(SAMPLED)]
+    result = run("generate", *(f"--prompt={prompt}" for prompt in prompts), *arguments)
+    assert result.exit_code == 0
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {"prompt": prompt} | dataclasses.asdict(completion)
+        for prompt, completions in zip(prompts, expected, strict=True)
+        for completion in completions
+    ]
+    (line,) = run("generate", "--prompt=x", "--json", "--max-new-tokens=2").stdout.splitlines()
+    assert json.loads(line).keys() == {"prompt", "text", "tokens", "finish_reason"}
+
+
+def test_chat_prints_the_answer_only(chat_folder):
+    params = kivi_jax.load(chat_folder)
+    text = "system: Be brief.\nuser: import os\nassistant:"
+    expected = kivi_jax.generate(params, text, max_new_tokens=12).text
+    chat = ["generate", "--model", str(chat_folder), "--chat", "--prompt=import os", "--max-new-tokens=12"]
+    result = run(*chat, "--system=Be brief.")
+    assert result.exit_code == 0
+    assert result.stdout == f"{expected}\n"
+    assert run(*chat).stdout != result.stdout
+
+
+def test_the_checkpoints_sampling_yields_to_flags(monkeypatch):
+    recommended = {"temperature": 1.5, "top_k": 40}
+    monkeypatch.setattr(kivi_jax.Params, "sampling", property(lambda params: recommended))
+    params = kivi_jax.load("demo")
+    command = ["generate", "--prompt=import os", "--max-new-tokens=12"]
+    for arguments, settings in (
+        (["--model-sampling"], recommended),
+        (["--model-sampling", "--temperature=0.7"], recommended | {"temperature": 0.7}),
+        ([], {}),
+    ):
+        expected = kivi_jax.generate(params, "import os", max_new_tokens=12, **settings)
+        assert run(*command, *arguments).stdout == f"import os{expected.text}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -44,6 +114,12 @@ def test_several_prompts_are_one_batch():
         (["--dtype", "int4"], "dtype must be one of"),
         (["--max-new-tokens", "9999"], "positions"),
         (["--temperature", "-1"], "temperature"),
+        (["--min-p", "2"], "min_p must be in [0, 1]"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be positive"),
+        (["--samples", "2"], "set a temperature above 0"),
+        (["--chat"], "no chat template"),
+        (["--system", "Be brief."], "--system needs --chat"),
+        (["--logprobs"], "--logprobs needs --json"),
     ],
 )
 def test_errors_are_one_line(arguments, message):

@@ -1,22 +1,31 @@
 """generate and stream on a tiny random model."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import kivi_jax
 from kivi_jax import KVConfig
 from kivi_jax.decoding import continue_decoding, start_decoding
-from kivi_jax.generation import _bucket
+from kivi_jax.generation import PromptBatch, _bucket
 from kivi_jax.sampling import Greedy
+from kivi_jax.text import encode
 from tests.checkpoints import TINY, write_checkpoint
 
 PROMPTS = [[1, 2, 3], list(range(40)), [7] * 130, list(range(100, 0, -1))]
+SAMPLED = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +43,65 @@ def lettered(tmp_path_factory):
     return kivi_jax.load(folder, dtype="float32")
 
 
-def step_by_step(params, prompt, kv, steps):
-    """Greedy tokens by the pure functions, one Python step at a time."""
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A model with a chat template, whose tokenizer begins every text with a special token and, as SentencePiece has
+    it, decodes the first word without its space."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("chatty"), bos_token_id=0)
+    special = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    words = special + [f"▁w{token}" for token in range(len(special), TINY["vocab_size"])]
+    vocabulary = {word: token for token, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    return kivi_jax.load(folder, dtype="float32")
+
+
+def likeliest(logits, tokens):
+    return logits.argmax()
+
+
+def step_by_step(params, prompt, kv, steps, choose=likeliest):
+    """Tokens by the pure functions, one Python step at a time, and the logits they were chosen from.
+
+    `choose` makes a token of the logits and all tokens before it."""
     state = kivi_jax.init_state(params, 1, len(prompt) + steps, kv)
     logits, state = kivi_jax.prefill(params, jnp.asarray([prompt]), jnp.asarray([len(prompt)]), state)
-    tokens = []
+    tokens, all_logits = list(prompt), []
     for _ in range(steps):
-        tokens.append(int(logits[0].argmax()))
+        all_logits.append(np.asarray(logits[0], np.float64))
+        tokens.append(int(choose(all_logits[-1], tokens)))
         logits, state = kivi_jax.decode_step(params, jnp.asarray(tokens[-1:]), state)
-    return tokens
+    return tokens[len(prompt) :], np.stack(all_logits)
+
+
+def step_by_step_logprobs(params, prompt, kv, tokens):
+    """Log-probabilities of `tokens` after the prompt."""
+
+    def given(logits, before):
+        return tokens[len(before) - len(prompt)]
+
+    _, logits = step_by_step(params, prompt, kv, len(tokens), given)
+    return logits[np.arange(len(tokens)), tokens] - np.log(np.exp(logits).sum(-1))
 
 
 @pytest.mark.parametrize("kv", ["bf16", "kivi4", "kivi-k4v2", KVConfig(2, 2, 32, 32)], ids=str)
 def test_batch_equals_each_row_alone_step_by_step(tiny, kv):
     completions = kivi_jax.generate(tiny, PROMPTS, kv, max_new_tokens=40)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        assert completion.tokens == step_by_step(tiny, prompt, kv, 40)
-        assert completion.finish_reason == "length"
-        assert completion.text is None
+        tokens, _ = step_by_step(tiny, prompt, kv, 40)
+        assert completion == kivi_jax.Completion(
+            text=None, tokens=tokens, finish_reason="length", logprobs=None
+        )
 
 
 def test_end_tokens_end_their_rows_only(tiny):
@@ -88,13 +138,113 @@ def test_loop_ends_with_the_last_row(tiny):
 
 
 def test_samples_repeat_with_their_seed_and_do_not_depend_on_neighbours(tiny):
-    settings = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
-    first = kivi_jax.generate(tiny, PROMPTS, seed=1, **settings)
-    assert kivi_jax.generate(tiny, PROMPTS, seed=1, **settings) == first
-    assert kivi_jax.generate(tiny, PROMPTS, seed=2, **settings) != first
-    assert kivi_jax.generate(tiny, PROMPTS[:1], seed=1, **settings) == first[:1]
-    same = kivi_jax.generate(tiny, [[4, 5]] * 3, seed=1, **settings)
+    first = kivi_jax.generate(tiny, PROMPTS, "bf16", seed=1, **SAMPLED)
+    assert kivi_jax.generate(tiny, PROMPTS, "bf16", seed=1, **SAMPLED) == first
+    assert kivi_jax.generate(tiny, PROMPTS, "bf16", seed=2, **SAMPLED) != first
+    assert kivi_jax.generate(tiny, PROMPTS[:1], "bf16", seed=1, **SAMPLED) == first[:1]
+    *_, streamed = kivi_jax.stream(tiny, PROMPTS, "bf16", seed=1, chunk=3, **SAMPLED)
+    assert streamed == first
+    same = kivi_jax.generate(tiny, [[4, 5]] * 3, "bf16", seed=1, **SAMPLED)
     assert same[0] != same[1]
+
+
+def test_n_samples_share_their_prompt(tiny):
+    """Every sample is told apart by its log-probabilities: they fit its own prompt, continued by its own tokens."""
+    prompts = [[1, 2, 3], [50, 60, 70], [7] * 5]
+    settings = SAMPLED | {"seed": 1, "logprobs": True, "repetition_penalty": 0.5}
+    results = kivi_jax.generate(tiny, prompts, "bf16", n=3, **settings)
+    assert [len(samples) for samples in results] == [3, 3, 3]
+    assert [samples[0].tokens for samples in results] == [
+        completion.tokens for completion in kivi_jax.generate(tiny, prompts, "bf16", **settings)
+    ]
+    for prompt, samples in zip(prompts, results, strict=True):
+        assert len({tuple(sample.tokens) for sample in samples}) == 3
+        for sample in samples:
+            expected = step_by_step_logprobs(tiny, prompt, "bf16", sample.tokens)
+            np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+
+
+def test_n_samples_do_not_depend_on_neighbours_nor_on_n(tiny):
+    results = kivi_jax.generate(tiny, PROMPTS, "bf16", n=3, seed=1, **SAMPLED)
+    (alone,) = kivi_jax.generate(tiny, PROMPTS[:1], "bf16", n=3, seed=1, **SAMPLED)
+    assert alone == results[0]
+    (fewer,) = kivi_jax.generate(tiny, PROMPTS[:1], "bf16", n=2, seed=1, **SAMPLED)
+    assert fewer == alone[:2]
+    steps = list(kivi_jax.stream(tiny, PROMPTS[:1], "bf16", n=3, seed=1, chunk=8, **SAMPLED))
+    assert steps[-1] == [alone]
+    assert [len(step[0][2].tokens) for step in steps] == [9, 17, 20]
+
+
+def test_rows_of_one_prompt_begin_with_equal_states(tiny):
+    prompt_rows = jnp.asarray([2, 0, 0, 1])
+    decoding = start_decoding(
+        tiny,
+        jnp.asarray([[1] * 40, [2] * 40, [3] * 40]),
+        jnp.asarray([40, 39, 38]),
+        jnp.asarray([], jnp.int32),
+        jax.random.split(jax.random.key(0), 4),
+        Greedy(),
+        active=jnp.ones(4, bool),
+        capacity=48,
+        kv=KVConfig(2, 2, 32, 32),
+        max_new_tokens=16,
+        prompt_rows=prompt_rows,
+    )
+    assert decoding.state.lengths.tolist() == [38, 40, 40, 39]
+    for leaf in jax.tree.leaves(decoding.state.layers):
+        np.testing.assert_array_equal(leaf[1], leaf[2])
+        assert np.any(leaf[0] != leaf[1])
+        assert np.any(leaf[3] != leaf[1])
+
+
+def test_prompts_of_n_samples_are_prefilled_once():
+    batch = PromptBatch.pad([[1, 2], [3], [4], [5], [6]], 3, 10)
+    assert batch.tokens.shape == (6, 16)  # prompts are padded to a bucket, and their samples to another
+    assert batch.prompt_rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5]
+    assert batch.samples.tolist() == [0, 1, 2] * 5 + [0]
+
+
+@pytest.mark.parametrize("penalty", [1.5, 0.3])
+def test_penalty_counts_prompt_and_completion_but_no_padding(tiny, penalty):
+    """With a penalty of 0.3, a token 0 that padding had left would win wherever its logit is positive."""
+
+    def likeliest_after_penalty(logits, tokens):
+        for token in set(tokens):
+            logits[token] *= 1 / penalty if logits[token] > 0 else penalty
+        return logits.argmax()
+
+    prompts = [[50, 60, 70], list(range(1, 40)), [7]]
+    completions = kivi_jax.generate(tiny, prompts, "bf16", max_new_tokens=20, repetition_penalty=penalty)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        expected, _ = step_by_step(tiny, prompt, "bf16", 20, likeliest_after_penalty)
+        assert completion.tokens == expected
+
+
+def test_logprobs_are_the_models_own(tiny):
+    """Whatever the token was chosen by; asking for them changes no token."""
+    prompts = [[1, 2, 3], [7] * 5]
+    settings = SAMPLED | {"temperature": 2.0, "repetition_penalty": 1.3}
+    completions = kivi_jax.generate(tiny, prompts, "bf16", logprobs=True, **settings)
+    plain = kivi_jax.generate(tiny, prompts, "bf16", **settings)
+    for prompt, completion, without in zip(prompts, completions, plain, strict=True):
+        expected = step_by_step_logprobs(tiny, prompt, "bf16", completion.tokens)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+        assert dataclasses.replace(completion, logprobs=None) == without
+
+
+def test_logprobs_stay_aligned_where_completions_are_cut(lettered):
+    whole = kivi_jax.generate(lettered, "w1", max_new_tokens=30, logprobs=True)
+    assert len(whole.logprobs) == 30
+    stop = whole.text[20:26]
+    ended = dataclasses.replace(lettered, end_tokens=(whole.tokens[10],))
+    for steps in (
+        list(kivi_jax.stream(lettered, "w1", max_new_tokens=30, logprobs=True, stop=stop, chunk=4)),
+        list(kivi_jax.stream(ended, "w1", max_new_tokens=30, logprobs=True, chunk=4)),
+    ):
+        assert steps[-1][0].finish_reason == "stop"
+        for (completion,) in steps:
+            assert completion.tokens == whole.tokens[: len(completion.tokens)]
+            assert completion.logprobs == whole.logprobs[: len(completion.tokens)]
 
 
 def test_stream_grows_into_the_result(lettered):
@@ -149,6 +299,67 @@ def test_text_continues_the_prompt(tmp_path):
     assert completion.text == "".join(f" w{token}" for token in completion.tokens)
 
 
+MESSAGES = [
+    {"role": "system", "content": "w10 w11"},
+    {"role": "user", "content": "w12"},
+    {"role": "assistant", "content": "w13"},
+    {"role": "user", "content": "w14 w15"},
+]
+# As the template has it: one <s>, and <|assistant|> at the end.
+MESSAGE_IDS = [0, 2, 10, 11, 3, 12, 4, 13, 3, 14, 15, 4]
+
+
+def test_conversations_are_encoded_by_their_template(chatty):
+    assert encode(chatty, [MESSAGES, "w10", [5, 6]]) == [MESSAGE_IDS, [0, 10], [5, 6]]
+
+
+def test_conversation_is_answered(chatty):
+    expected = kivi_jax.generate(chatty, [MESSAGE_IDS], max_new_tokens=20)[0].tokens
+    answer = kivi_jax.generate(chatty, MESSAGES, max_new_tokens=20)
+    assert answer.tokens == expected
+    # A text of its own: no space before its first word, and nothing of the prompt.
+    assert answer.text == " ".join(f"w{token}" for token in expected if token > 4)
+    assert kivi_jax.generate(chatty, [MESSAGES], max_new_tokens=20) == [answer]
+    steps = [completion for (completion,) in kivi_jax.stream(chatty, MESSAGES, max_new_tokens=20, chunk=5)]
+    assert steps[-1] == answer
+    assert all(answer.text.startswith(step.text) for step in steps)
+    samples = kivi_jax.generate(chatty, MESSAGES, max_new_tokens=20, temperature=1.0, n=2)
+    assert all(isinstance(sample, kivi_jax.Completion) for sample in samples)
+
+
+def test_text_after_a_special_token_keeps_its_space(chatty):
+    """A prompt that was formatted by hand is a text, which its completion continues."""
+    prompt = "<|user|>w12<|assistant|>"
+    completion = kivi_jax.generate(chatty, prompt, max_new_tokens=10)
+    assert completion.text == "".join(f" w{token}" for token in completion.tokens if token > 4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([{"role": "user"}], "a message of prompt 0 needs 'role' and 'content', got {'role': 'user'}"),
+        ([[5], [{"content": "w10"}]], "a message of prompt 1 needs"),
+        ({"role": "user", "content": "w10"}, "a single message in a list"),
+        ([{"role": "user", "content": "w10"}, "w11"], "a list of messages, got {'role'"),
+        (
+            [{"role": "tool", "content": "w10"}],
+            "chat template does not take this conversation: no tools here",
+        ),
+    ],
+)
+def test_bad_conversations_are_one_clear_error(chatty, prompts, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    with pytest.raises(ValueError, match=message):
+        kivi_jax.generate(chatty, prompts)
+
+
+def test_conversations_need_a_chat_template(tiny, lettered):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        kivi_jax.generate(tiny, MESSAGES)
+    with pytest.raises(ValueError, match="no chat template, so it can't take messages"):
+        kivi_jax.generate(lettered, MESSAGES)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kv", ["bf16", "kivi2"])
 def test_16_bit_models_follow_float32_ones(tmp_path, kv, dtype):
@@ -194,11 +405,15 @@ def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
         ([[1, 101]], {}, "token 101, outside the vocabulary of 101"),
         ([[-1]], {}, "token -1, outside"),
         ([1, 2, 3], {}, "a single list of ids belongs in another"),
-        ([[1.5]], {}, "must be a text or a list of token ids"),
+        ([[1.5]], {}, "must be a text, a list of token ids or a list of messages"),
         ([[1]], {"seed": 2**70}, "seed must fit 64 bits"),
         ([[1] * 2000], {"max_new_tokens": 49}, "exceed the model's 2048 positions"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1]], {"temperature": -0.5}, "temperature"),
+        ([[1]], {"temperature": 1.0, "min_p": 2.0}, "min_p"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ([[1]], {"n": 0, "temperature": 1.0}, "n must be at least 1"),
+        ([[1]], {"n": 2}, "set a temperature above 0"),
         ([[1]], {"stop": "x"}, "stop strings need a tokenizer"),
         ([[1]], {"stop": [""]}, "none of them empty"),
     ],
@@ -227,6 +442,21 @@ def test_new_lengths_rarely_compile(tiny):
     compiled = start_decoding._cache_size(), continue_decoding._cache_size()
     for length in (97, 101, 103, 108):
         kivi_jax.generate(tiny, [[1] * length], max_new_tokens=20)
+    assert (start_decoding._cache_size(), continue_decoding._cache_size()) == compiled
+
+
+def test_new_settings_do_not_compile(tiny):
+    settings = {"max_new_tokens": 20, "logprobs": True}
+    kivi_jax.generate(
+        tiny, [[1]], temperature=1.0, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=2.0, n=3, **settings
+    )
+    compiled = start_decoding._cache_size(), continue_decoding._cache_size()
+    kivi_jax.generate(
+        tiny, [[1]], temperature=0.5, top_k=9, top_p=0.9, min_p=0.2, repetition_penalty=1.5, n=3, **settings
+    )
+    kivi_jax.generate(
+        tiny, [[1]], temperature=2.0, top_k=1, top_p=0.1, min_p=1.0, repetition_penalty=0.5, n=3, **settings
+    )
     assert (start_decoding._cache_size(), continue_decoding._cache_size()) == compiled
 
 

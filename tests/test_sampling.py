@@ -47,6 +47,85 @@ def test_cuts_keep_exactly_the_likeliest(top_k, top_p, kept):
     assert set(draws.tolist()) == kept
 
 
+def transformers_scores(
+    logits, seen, temperature, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0
+):
+    """One row's scores after transformers' logits processors, in their order and in float64."""
+    scores = np.asarray(logits, np.float64)
+    punished = np.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
+    scores = np.where(seen, punished, scores) / temperature
+    if top_k is not None:
+        scores[np.argsort(scores)[:-top_k]] = -np.inf
+    if top_p is not None:
+        ascending = np.argsort(scores)
+        removed = np.cumsum(softmax(scores[ascending])) <= 1 - top_p
+        removed[-1] = False
+        scores[ascending[removed]] = -np.inf
+    if min_p is not None:
+        probabilities = softmax(scores)
+        scores[probabilities < min_p * probabilities.max()] = -np.inf
+    return scores
+
+
+def softmax(scores):
+    exponentials = np.exp(scores - scores.max())
+    return exponentials / exponentials.sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.8, "min_p": 0.1},
+        {"temperature": 1.3, "top_k": 20, "min_p": 0.05},
+        {"temperature": 1.5, "top_k": 30, "top_p": 0.8, "min_p": 0.2},
+        {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.3},
+        {"temperature": 2.0, "top_k": 50, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 0.7},
+    ],
+    ids=str,
+)
+def test_distribution_is_that_of_transformers(settings):
+    generator = np.random.default_rng(0)
+    logits = 3 * generator.standard_normal((16, 300)).astype(np.float32)
+    seen = generator.random(logits.shape) < 0.2
+    scores = np.asarray(make_sampler(**settings).scores(jnp.asarray(logits), jnp.asarray(seen)))
+    expected = np.stack([transformers_scores(*row, **settings) for row in zip(logits, seen, strict=True)])
+    assert np.isneginf(expected).any()
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"top_k": 2}, {1, 2, 3}),  # 1 and 2 are equally likely
+        ({"top_p": 0.6}, {1, 2, 3}),
+        ({"top_k": 1}, {3}),
+        ({"min_p": 1.0}, {3}),
+        ({"min_p": 0.49}, {1, 2, 3}),
+        ({"min_p": 0.0, "top_p": 1.0}, {0, 1, 2, 3}),
+        ({"min_p": 0.2, "top_k": 3}, {1, 2, 3}),
+    ],
+    ids=str,
+)
+def test_equally_likely_tokens_are_cut_together(settings, kept):
+    logits = jnp.log(jnp.asarray([[0.02, 0.245, 0.245, 0.49]]))
+    (scores,) = make_sampler(1.0, **settings).scores(logits)
+    assert set(np.flatnonzero(np.isfinite(scores)).tolist()) == kept
+
+
+def test_samples_follow_the_cut_distribution():
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    counts = np.bincount(draw(make_sampler(1.0, min_p=0.3), logits, 20000), minlength=4) / 20000
+    np.testing.assert_allclose(counts, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=0.015)
+
+
+def test_penalty_also_moves_the_greedy_choice():
+    logits = jnp.asarray([[2.0, 3.0, -1.0], [-2.0, -3.0, -1.5]])
+    seen = jnp.asarray([[False, True, False], [False, False, True]])
+    assert make_sampler(0.0)(logits, None, seen).tolist() == [1, 2]
+    assert make_sampler(0.0, repetition_penalty=2.0)(logits, None, seen).tolist() == [0, 0]
+    assert make_sampler(0.0, repetition_penalty=0.5)(logits, None, seen).tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -55,6 +134,12 @@ def test_cuts_keep_exactly_the_likeliest(top_k, top_p, kept):
         ({"temperature": 1.0, "top_k": 0}, "top_k"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
+        ({"temperature": 1.0, "min_p": -0.1}, "min_p"),
+        ({"temperature": 1.0, "min_p": 1.1}, "min_p"),
+        ({"temperature": 1.0, "min_p": float("nan")}, "min_p"),
+        ({"temperature": 0.0, "repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"temperature": 0.0, "repetition_penalty": -1.0}, "repetition_penalty"),
+        ({"temperature": 0.0, "repetition_penalty": float("inf")}, "repetition_penalty"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
