@@ -16,9 +16,9 @@ def random_qkv(length, query_heads, heads, head_dim):
     return [jnp.asarray(generator.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
-def direct(q, k, v):
+def direct(q, k, v, **options):
     rows = [
-        softmax_attention(*(np.asarray(x[row]).swapaxes(0, 1) for x in (q, k, v))).swapaxes(0, 1)
+        softmax_attention(*(np.asarray(x[row]).swapaxes(0, 1) for x in (q, k, v)), **options).swapaxes(0, 1)
         for row in range(q.shape[0])
     ]
     return np.stack(rows)
@@ -36,6 +36,28 @@ def test_splash_equals_direct_softmax(query_heads, heads, head_dim):
     q, k, v = random_qkv(256, query_heads, heads, head_dim)
     out = prefill_attention(q, k, v, implementation="splash", interpret=True)
     np.testing.assert_allclose(out, direct(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 100, 300, 1000])
+@pytest.mark.parametrize("slopes", [None, (0.5, 0.0625, 0.03, 0.001)])
+def test_sliding_window_and_position_biases(sliding_window, slopes):
+    q, k, v = random_qkv(700, 4, 2, 64)
+    out = jax.jit(prefill_attention, static_argnums=(3, 4))(q, k, v, sliding_window, slopes)
+    expected = direct(q, k, v, sliding_window=sliding_window, alibi_slopes=slopes)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 100, 300])
+def test_splash_honours_the_sliding_window(sliding_window):
+    q, k, v = random_qkv(256, 4, 2, 64)
+    out = prefill_attention(q, k, v, sliding_window, implementation="splash", interpret=True)
+    np.testing.assert_allclose(out, direct(q, k, v, sliding_window=sliding_window), atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["splash", "cudnn"])
+def test_kernels_without_position_biases_refuse_them(implementation):
+    with pytest.raises(ValueError, match="no position biases"):
+        prefill_attention(*random_qkv(128, 4, 2, 64), alibi_slopes=(1.0,) * 4, implementation=implementation)
 
 
 def test_no_matrix_of_all_scores():

@@ -58,6 +58,84 @@ def test_replays_the_original_rules(tmp_path, config):
         assert_replays(logits[row], tensors, config, chunks, f"prompt of {length}")
 
 
+@pytest.mark.parametrize("config", [KVConfig(2, 2, 32, 32), KVConfig(4, 2, 16, 32, sink_tokens=20)], ids=str)
+def test_chunks_follow_the_original_rules(tmp_path, config):
+    """A chunk attends what was stored before it as it decodes, and itself exactly; rows get chunks of any lengths."""
+    tensors = random_tensors(TINY)
+    params = kivi_jax.load(write_checkpoint(tmp_path, tensors), dtype="float32")
+    plan = np.asarray([[1, 70, 0, 33, 1], [40, 5, 31, 2, 64], [96, 0, 1, 70, 30]], np.int32)
+    tokens = np.random.default_rng(4).integers(0, TINY["vocab_size"], (3, 5, 96), np.int32)
+    state = kivi_jax.init_state(params, 3, 256, config)
+    logits = []
+    for number, counts in enumerate(plan.T):
+        run = kivi_jax.extend if number else kivi_jax.prefill
+        new, state = run(params, jnp.asarray(tokens[:, number]), jnp.asarray(counts), state)
+        logits.append(new)
+    assert state.lengths.tolist() == plan.sum(axis=1).tolist()
+    logits = np.stack(logits, axis=1)
+    for row, counts in enumerate(plan):
+        chunks = [tokens[row, number, :count] for number, count in enumerate(counts) if count]
+        assert_replays(logits[row, counts > 0], tensors, config, chunks, f"chunks of {counts}")
+
+
+def test_chunks_equal_one_prefill_but_for_the_stored_past(tiny):
+    """With exact storage everything is equal. With 2 bits, the first layer's keys and values are, which no attention
+    comes before, and all of it as long as the past fits the exact window; later layers' differ by what attending the
+    quantized past changes.
+    """
+    tokens, lengths = ragged_prompts([150, 97])
+    sizes = (60, 90)
+
+    def whole(kv, length):
+        state = kivi_jax.init_state(tiny, 2, 256, kv)
+        at_most = jnp.asarray(np.minimum(lengths, length))
+        return kivi_jax.prefill(tiny, jnp.asarray(tokens[:, :length]), at_most, state)
+
+    def in_chunks(kv):
+        _, state = whole(kv, sizes[0])
+        counts = np.clip(lengths - sizes[0], 0, sizes[1])
+        return kivi_jax.extend(tiny, jnp.asarray(tokens[:, sizes[0] :]), jnp.asarray(counts), state)
+
+    for kv in ("bf16", "kivi2"):  # no more than 128 tokens come before a chunk
+        np.testing.assert_allclose(in_chunks(kv)[0], whole(kv, 150)[0], atol=1e-5)
+    config = KVConfig(2, 2, 32, 32)
+    logits, chunked = in_chunks(config)
+    expected, at_once = whole(config, 150)
+    assert chunked.lengths.tolist() == at_once.lengths.tolist() == lengths.tolist()
+    for row, length in enumerate(lengths):
+        words = length // 32 * 2
+        codes = [state.layers[0].k_codes[row, :, :words] for state in (chunked, at_once)]
+        assert np.mean(codes[0] != codes[1]) < 0.01  # but for ties
+        np.testing.assert_allclose(
+            *(state.layers[0].window_v[row] for state in (chunked, at_once)), atol=1e-5
+        )
+        error = np.linalg.norm(logits[row] - expected[row]) / np.linalg.norm(expected[row])
+        assert 1e-4 < error < 0.5
+
+
+@pytest.mark.parametrize("kv", ["bf16", KVConfig(2, 2, 32, 32, sink_tokens=8)], ids=str)
+def test_chunk_of_no_tokens_changes_nothing(tiny, kv):
+    tokens, lengths = ragged_prompts([40, 31])
+    state = kivi_jax.init_state(tiny, 2, 128, kv)
+    _, before = kivi_jax.prefill(tiny, jnp.asarray(tokens), jnp.asarray(lengths), state)
+    _, after = kivi_jax.extend(tiny, jnp.asarray(tokens), jnp.asarray([0, 40]), before)
+    assert after.lengths.tolist() == [40, 71]
+    for old, new in zip(jax.tree.leaves(before.layers), jax.tree.leaves(after.layers), strict=True):
+        np.testing.assert_array_equal(old[0], new[0])
+
+
+def test_chunk_updates_the_state_in_place(tiny):
+    """Compiled with a donated state, a chunk's temporaries don't grow with the capacity."""
+
+    def memory(capacity):
+        state = jax.eval_shape(lambda: kivi_jax.init_state(tiny, 4, capacity, "kivi2"))
+        tokens, lengths = jax.ShapeDtypeStruct((4, 64), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
+        extend = jax.jit(kivi_jax.extend, donate_argnums=3)
+        return extend.lower(tiny, tokens, lengths, state).compile().memory_analysis()
+
+    assert memory(65536).temp_size_in_bytes < 1.1 * memory(4096).temp_size_in_bytes
+
+
 def assert_replays(logits, tensors, config, chunks, message):
     """The logits after each chunk are those of the original's rules; where those leave a code open, with either."""
     kivi = {name: value for name, value in vars(config).items() if name != "overrides"}

@@ -465,3 +465,30 @@ def test_buckets():
     assert buckets == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
     assert all(size <= _bucket(size, least=16) < max(1.5 * size + 1, 17) for size in range(1, 3000))
     assert np.all(np.diff([_bucket(size, least=16) for size in range(1, 3000)]) >= 0)
+
+
+def test_prompts_in_chunks_complete_alike(tiny):
+    """Exactly with exact storage, and from a prompt that the exact window holds with any."""
+    for kv, prompts in (("bf16", PROMPTS), ("kivi2", PROMPTS[:2])):
+        whole = kivi_jax.generate(tiny, prompts, kv, max_new_tokens=12, logprobs=True)
+        for size in (16, 33, 1000):
+            chunked = kivi_jax.generate(
+                tiny, prompts, kv, max_new_tokens=12, logprobs=True, prefill_chunk=size
+            )
+            for one, other in zip(whole, chunked, strict=True):
+                assert one.tokens == other.tokens
+                np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_chunks_of_a_prompt_attend_the_stored_ones(tiny):
+    """Of 2 bits here, which one prefill would not see."""
+    settings = {"kv": KVConfig(2, 2, 32, 32), "max_new_tokens": 1, "logprobs": True}
+    whole, chunked = (
+        kivi_jax.generate(tiny, [PROMPTS[3]], prefill_chunk=size, **settings)[0] for size in (None, 32)
+    )
+    assert 1e-4 < abs(whole.logprobs[0] - chunked.logprobs[0]) < 1
+
+
+def test_prefill_chunk_must_be_positive(tiny):
+    with pytest.raises(ValueError, match="prefill_chunk must be at least 1"):
+        kivi_jax.generate(tiny, PROMPTS, prefill_chunk=0)

@@ -1,6 +1,7 @@
 """How the key-value state is stored: bits, group size, exact tokens and exact layers."""
 
 import dataclasses
+import operator
 from typing import Any
 
 UNQUANTIZED_BITS = 16  # stands for the activation dtype, whatever that is
@@ -95,16 +96,20 @@ class KVConfig:
 
 
 def _read_overrides(overrides: Any) -> tuple[tuple[int, KVConfig], ...]:
+    try:
+        given = dict(overrides)
+    except (TypeError, ValueError):
+        given = {None: overrides}
     pairs = []
-    for index, kv in sorted(dict(overrides).items()):
+    for index, kv in given.items():
         config = PRESETS.get(kv) if isinstance(kv, str) else kv
         if not isinstance(index, int) or not isinstance(config, KVConfig) or config.overrides:
             raise ValueError(
                 f"overrides map a layer's index to one of {', '.join(map(repr, PRESETS))} or a KVConfig "
-                f"without overrides, got {index!r}: {kv!r}"
+                f"without overrides, got {overrides!r}"
             )
         pairs.append((index, config))
-    return tuple(pairs)
+    return tuple(sorted(pairs, key=operator.itemgetter(0)))
 
 
 _EXACT = KVConfig(UNQUANTIZED_BITS, UNQUANTIZED_BITS)

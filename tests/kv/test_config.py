@@ -22,6 +22,12 @@ def test_presets_count_scale_and_zero(name, bits):
         ((2, 2, 32, 0), "multiple of group_size 32"),
         ((2, 4, 8, 8), "multiple of 16 tokens"),
         ((2, 2, 32.0), "whole numbers"),
+        ((2, 2, 32, 32, 33), "sink_tokens must be from 0 to residual_length 32, got 33"),
+        ((2, 2, 32, 32, -1), "sink_tokens must be"),
+        ((2, 2, 32, 32, 0, {0: "bf17"}), "overrides map a layer's index to one of 'bf16'"),
+        ((2, 2, 32, 32, 0, {"first": "bf16"}), "overrides map"),
+        ((2, 2, 32, 32, 0, {0: KVConfig(2, 2, overrides={0: "bf16"})}), "without overrides"),
+        ((2, 2, 32, 32, 0, "bf16"), "overrides map"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields, message, monkeypatch):
@@ -46,3 +52,20 @@ def test_blocks_fill_folded_rows():
 def test_group_size_must_divide_head_dim():
     with pytest.raises(ValueError, match="group_size 64 does not divide the model's head_dim 96"):
         resolve_kv(KVConfig(2, 2, 64), 96, 2)
+
+
+def test_overrides_count_layers_from_either_end():
+    config = KVConfig(2, 2, overrides={-1: "bf16", 0: KVConfig(4, 2), 2: "kivi4"})
+    exact, plain = PRESETS["bf16"], KVConfig(2, 2)
+    assert config.of_layers(4) == (KVConfig(4, 2), plain, PRESETS["kivi4"], exact)
+    assert PRESETS["kivi2-edges"].of_layers(3) == (exact, plain, exact)
+    assert hash(config) == hash(KVConfig(2, 2, overrides={0: KVConfig(4, 2), 2: "kivi4", -1: "bf16"}))
+
+
+def test_overrides_must_fit_the_model():
+    with pytest.raises(ValueError, match="overrides name layer 4 of a model with 4 layers"):
+        resolve_kv(KVConfig(2, 2, overrides={4: "bf16"}), 64, 4)
+    with pytest.raises(ValueError, match="overrides name layer 3 twice"):
+        resolve_kv(KVConfig(2, 2, overrides={3: "bf16", -1: "bf16"}), 64, 4)
+    with pytest.raises(ValueError, match="group_size 128 does not divide the model's head_dim 64"):
+        resolve_kv(KVConfig(2, 2, overrides={1: KVConfig(2, 2, 128)}), 64, 4)

@@ -1,5 +1,7 @@
 """What the state holds after prompts and single tokens, and how many bytes it takes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,47 @@ def test_bytes_of_the_paper_setting():
 def test_bytes_are_those_of_the_buffers():
     state = empty_state(1, 2, 2, 100, 64, PRESETS["kivi-k4v2"], jnp.float16)
     assert kv_bytes(state) == sum(array.nbytes for array in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("kv", ["bf16", "kivi2"])
+def test_windowed_layers_take_no_more_for_a_longer_capacity(kv):
+    def layers(capacity):
+        windows = [1024, None]
+        return empty_state(2, 2, 2, capacity, 64, PRESETS[kv], jnp.bfloat16, windows).layers
+
+    (short, short_full), (long, long_full) = layers(2048), layers(8192)
+    assert kv_bytes(long) == kv_bytes(short)
+    assert kv_bytes(long_full) > 3 * kv_bytes(short_full)
+    if kv == "kivi2":
+        assert long.blocks == 1024 // 128
+
+
+def test_layers_are_stored_as_overridden():
+    config = KVConfig(2, 2, 32, 32, sink_tokens=8, overrides={0: "bf16", 1: KVConfig(4, 4, 32, 96)})
+    state = empty_state(3, 2, 2, 200, 64, config, jnp.float32)
+    exact, four, two = state.layers
+    assert exact.k.shape == (2, 2, 200, 64)
+    assert four.window_k.shape[2] == 96
+    assert four.sink_k is None
+    assert two.window_k.shape[2] == 32
+    assert two.sink_k.shape[2] == 8
+
+    @jax.jit
+    def step(state):
+        token = jnp.broadcast_to(jnp.arange(64.0) + state.lengths[:, None, None], (2, 2, 64))
+        active = jnp.asarray([True, False])
+        layers = tuple(layer.append_token(token, token, state.lengths, active) for layer in state.layers)
+        return advance(dataclasses.replace(state, layers=layers), active)
+
+    for _ in range(97):
+        state = step(state)
+    assert state.lengths.tolist() == [97, 0]
+    _, four, two = state.layers
+    for layer, flushed in ((four, 96), (two, 96)):
+        scales = layer.v_scale[0, 0, 0]
+        assert (scales[:flushed] > 0).all()
+        assert not scales[flushed:].any()
+    assert not any(np.any(leaf[1]) for leaf in jax.tree.leaves(state.layers))
 
 
 @pytest.mark.parametrize(("batch", "capacity"), [(0, 10), (1, 0)])
