@@ -153,7 +153,7 @@ def stream(
         )
     if not ids:
         return iter([[]])
-    batch = PromptBatch.pad(ids, 1 if n is None else n, max_new_tokens)
+    batch = PromptBatch.pad(ids, max_new_tokens, n or 1)
     readers = [
         CompletionReader(
             () if is_conversation(prompt) else tokens[-CONTEXT_TOKENS:],
@@ -249,7 +249,7 @@ class PromptBatch:
     capacity: int
 
     @classmethod
-    def pad(cls, ids: Sequence[Sequence[int]], n: int, max_new_tokens: int) -> "PromptBatch":
+    def pad(cls, ids: Sequence[Sequence[int]], max_new_tokens: int, n: int = 1) -> "PromptBatch":
         longest = max(map(len, ids))
         tokens = np.zeros((_bucket(len(ids)), _bucket(longest, least=16)), np.int32)
         lengths = np.ones(len(tokens), np.int32)

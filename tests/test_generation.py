@@ -198,7 +198,7 @@ def test_rows_of_one_prompt_begin_with_equal_states(tiny):
 
 
 def test_prompts_of_n_samples_are_prefilled_once():
-    batch = PromptBatch.pad([[1, 2], [3], [4], [5], [6]], 3, 10)
+    batch = PromptBatch.pad([[1, 2], [3], [4], [5], [6]], max_new_tokens=10, n=3)
     assert batch.tokens.shape == (6, 16)  # prompts are padded to a bucket, and their samples to another
     assert batch.prompt_rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5]
     assert batch.samples.tolist() == [0, 1, 2] * 5 + [0]
