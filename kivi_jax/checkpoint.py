@@ -102,12 +102,13 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, or the single one."""
-    if (folder / INDEX_FILE).exists():
+    """The safetensors files of a checkpoint: the single one, or those that its index names."""
+    if (folder / INDEX_FILE).exists() and not (folder / WEIGHTS_FILE).exists():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        if not names or not all(isinstance(name, str) for name in names):
+        listed = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not listed or not all(isinstance(name, str) for name in listed):
             raise CheckpointError(f"{folder / INDEX_FILE}: weight_map must map tensors to files")
+        names = set(listed)
         if outside := [
             name for name in names if Path(name).name != name or not name.endswith(".safetensors")
         ]:
@@ -141,8 +142,10 @@ def _open(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="np") as tensors:
             yield tensors
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged or cut short: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -157,6 +160,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return content

@@ -56,8 +56,6 @@ def prefill(
         ValueError: the shapes of `tokens`, `lengths` and `state` don't fit together.
     """
     _check_chunk(tokens, lengths, state)
-    if tokens.shape[1] > state.capacity:
-        raise ValueError(f"{tokens.shape[1]} prompt tokens exceed the state's capacity of {state.capacity}")
     slopes = params.config.alibi_slopes
 
     def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
@@ -80,7 +78,7 @@ def extend(
     Args:
         params: the model.
         tokens: new tokens, right-padded with any token.
-        lengths: the real new tokens of each row, 0 to T.
+        lengths: the real new tokens of each row, 0 to T. A row whose activations are not numbers gets none.
         state: a state for B rows with room for them; in your own `jax.jit`, donate it.
 
     Returns:
@@ -98,7 +96,8 @@ def extend(
         return out, layer.append_chunk(k, v, state.lengths, counts)
 
     logits, layers = _run_chunk(params, tokens, state.lengths, lengths, state, attend)
-    return logits, dataclasses.replace(state, lengths=state.lengths + lengths, layers=layers)
+    counts = jnp.where(after(lengths > 0, logits), lengths, 0)
+    return logits, dataclasses.replace(state, lengths=state.lengths + counts, layers=layers)
 
 
 def _check_chunk(tokens: Array, lengths: Array, state: KVState) -> None:
@@ -108,6 +107,8 @@ def _check_chunk(tokens: Array, lengths: Array, state: KVState) -> None:
             f"tokens {tokens.shape}, lengths {lengths.shape} and state.lengths {state.lengths.shape} "
             f"must agree on the batch"
         )
+    if tokens.shape[1] > state.capacity:
+        raise ValueError(f"{tokens.shape[1]} tokens a row exceed the state's capacity of {state.capacity}")
 
 
 def _run_chunk(

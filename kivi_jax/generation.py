@@ -18,9 +18,9 @@ from kivi_jax.text import (
     CompletionReader,
     Conversation,
     Prompt,
-    check_stops,
     encode,
     is_conversation,
+    read_stops,
 )
 
 # Tokens between looks at the text, while stop strings can end a row or somebody reads along.
@@ -68,7 +68,7 @@ def generate(
             completion has already, so more than 1 discourages them; also where temperature is 0.
         seed: of the samples.
         n: samples of every prompt, which is prefilled once; the first is what None, a single one, gives.
-        stop: strings that end a completion, which then ends before them.
+        stop: strings that end a completion, which then ends before them; a special token's too, like "<|eot_id|>".
         logprobs: also give the log-probability of every token, see `Completion`.
         prefill_chunk: most prompt tokens to run at a time, which bounds the memory of activations; a later chunk
             attends the earlier ones as they are stored. None runs prompts whole and attends them exactly.
@@ -130,7 +130,7 @@ def stream(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, or None for the end result only, got {chunk}")
-    if prefill_chunk is not None and prefill_chunk < 1:
+    if prefill_chunk is not None and not (isinstance(prefill_chunk, int) and prefill_chunk >= 1):
         raise ValueError(f"prefill_chunk must be at least 1, or None for whole prompts, got {prefill_chunk}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -142,7 +142,7 @@ def stream(
         raise ValueError(f"{n} samples at temperature 0 would all be the same; set a temperature above 0")
     config = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
     sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
-    stops = check_stops(params, stop)
+    stops, end_tokens = read_stops(params, stop)
     listed: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
     ids = encode(params, listed)
     longest = max(map(len, ids), default=0)
@@ -157,7 +157,7 @@ def stream(
     readers = [
         CompletionReader(
             () if is_conversation(prompt) else tokens[-CONTEXT_TOKENS:],
-            params.end_tokens,
+            end_tokens,
             params.tokenizer,
             stops,
             max_new_tokens,
@@ -189,7 +189,7 @@ def _stream(
 ) -> Iterator[list[Completion]]:
     """Generates and yields the completions of the rows that have a reader."""
     max_new_tokens = readers[0].max_new_tokens
-    end_tokens = jnp.asarray(params.end_tokens, jnp.int32)
+    end_tokens = jnp.asarray(readers[0].end_tokens, jnp.int32)
     rows = np.arange(len(batch.samples))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.prompt_rows)
     keys = jax.vmap(jax.random.fold_in)(keys, batch.samples)

@@ -1,6 +1,7 @@
 """What generation_config.json says about ending and sampling."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,16 @@ _RANGES: dict[str, tuple[float, float, float | None]] = {
     "min_p": (0, 1, 0),
     "repetition_penalty": (_TINY, 1e6, 1),
 }
+# Settings that `generate` does not have, and the values with which they change nothing.
+_OTHERS: dict[str, tuple[Any, ...]] = {
+    "typical_p": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "suppress_tokens": (None, []),
+    "bad_words_ids": (None, []),
+    "sequence_bias": (None, {}),
+}
 
 
 def read_end_tokens(
@@ -30,7 +41,9 @@ def read_end_tokens(
     ids = generation.get("eos_token_id")
     ids = config.get("eos_token_id") if ids is None else ids
     listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(token, int) and 0 <= token < 2**31 for token in listed):
+    if not all(
+        isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in listed
+    ):
         raise CheckpointError(f"{folder}: eos_token_id must be a token id or a list of them, got {ids!r}")
     return tuple(listed)
 
@@ -39,7 +52,8 @@ def read_sampling(folder: Path, fields: Mapping[str, Any]) -> tuple[tuple[str, i
     """Arguments of `generate` that the checkpoint's authors recommend.
 
     A repetition penalty always counts, as in Hugging Face's generation; the settings that shape a distribution count
-    when `do_sample` is true, with a temperature of 1 where none is given.
+    when `do_sample` is true, with a temperature of 1 where none is given, and without top_k where none is. A warning
+    names settings that `generate` doesn't have.
 
     Raises:
         CheckpointError: a setting is no number, or out of range.
@@ -47,6 +61,10 @@ def read_sampling(folder: Path, fields: Mapping[str, Any]) -> tuple[tuple[str, i
     sampled = fields.get("do_sample")
     if sampled not in (None, True, False):
         raise CheckpointError(f"{folder / FILE}: do_sample must be true or false, got {sampled!r}")
+    if others := [name for name, neutral in _OTHERS.items() if fields.get(name) not in neutral]:
+        warnings.warn(
+            f"{folder / FILE}: generate has no {', '.join(others)}; params.sampling is without", stacklevel=3
+        )
     settings: dict[str, int | float] = {"temperature": 1.0} if sampled else {}
     for name, (least, greatest, neutral) in _RANGES.items():
         value = fields.get(name)

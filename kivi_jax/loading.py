@@ -68,7 +68,9 @@ def load(
         model_type=model_type,
         config=config,
         end_tokens=end_tokens,
-        tokenizer=str(folder) if any((folder / file).exists() for file in TOKENIZER_FILES) else None,
+        tokenizer=str(folder.resolve())
+        if any((folder / file).exists() for file in TOKENIZER_FILES)
+        else None,
         sampling_defaults=sampling,
     )
 

@@ -28,8 +28,8 @@ def warn_of_large_key_biases(weights: Mapping[str, Array], config: Any) -> None:
         weights: parameters by path.
         config: the family's configuration.
     """
-    if getattr(config, "alibi_slopes", None):
-        return  # not rotated: a constant, which the groups' zeros take up
+    if config.alibi_slopes is not None or getattr(config, "qk_norm", False):
+        return  # not rotated: a constant, which the groups' zeros take up; or normalized after the bias
     ratios = {}
     for path, bias in weights.items():
         if match := re.fullmatch(r"layers\.(\d+)\.attention\.k_proj\.bias", path):

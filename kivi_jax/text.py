@@ -102,10 +102,8 @@ def _check_ids(prompt: Any, number: int) -> list[int]:
 def _encode_conversation(tokenizer: Any, messages: Conversation, number: int) -> list[int]:
     """Token ids of messages and the header of the answer, as the checkpoint's own chat template has them."""
     for message in messages:
-        if not {"role", "content"} <= message.keys():
-            raise ValueError(
-                f"a message of prompt {number} needs 'role' and 'content', got {dict(message)!r}"
-            )
+        if "role" not in message:
+            raise ValueError(f"a message of prompt {number} needs a 'role', got {dict(message)!r}")
     if tokenizer.chat_template is None:
         raise ValueError(
             "this checkpoint's tokenizer has no chat template, so it can't take messages; "
@@ -120,8 +118,8 @@ def _encode_conversation(tokenizer: Any, messages: Conversation, number: int) ->
         ) from error
 
 
-def check_stops(params: Params, stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The stop strings as a tuple.
+def read_stops(params: Params, stop: str | Sequence[str] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The strings and the tokens that end a completion: special tokens are not in its text, so they end it as tokens.
 
     Raises:
         ValueError: one is empty or no string, or the checkpoint has no tokenizer to find them with.
@@ -131,7 +129,12 @@ def check_stops(params: Params, stop: str | Sequence[str] | None) -> tuple[str, 
         raise ValueError(f"stop must be a string or several, none of them empty, got {stop!r}")
     if stops and params.tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
-    return stops
+    if not stops:
+        return (), params.end_tokens
+    added = _tokenizer(params).added_tokens_decoder.items()
+    special = {str(token): number for number, token in added if token.special}
+    ends = [special[text] for text in stops if text in special]
+    return tuple(text for text in stops if text not in special), (*params.end_tokens, *ends)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from kivi_jax.checkpoint import STORED_DTYPES, CheckpointError, StoredTensor, stored_tensors
+from kivi_jax.checkpoint import PIECE_BYTES, STORED_DTYPES, CheckpointError, StoredTensor, stored_tensors
 from kivi_jax.models.registry import FAMILIES, Split, WeightRow, abstract_model
 from kivi_jax.models.sharding import parameter_sharding
 from kivi_jax.orbax_weights import ORBAX_FOLDER, restore_weights, stored_shapes
@@ -90,12 +91,14 @@ def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> li
     """
     sources: dict[str, Source] = {}
     problems = []
+    repeated = []
     for tensor in stored_tensors(folder):
         source = _source(tensor, table)
         if source is None or not all(path in expected for path in source.paths):
             # A tied head is sometimes saved a second time under its own name.
-            repeated = source is not None and source.paths == ("head.kernel",)
-            if not repeated and not IGNORED.fullmatch(tensor.name):
+            if source is not None and source.paths == ("head.kernel",):
+                repeated.append(tensor)
+            elif not IGNORED.fullmatch(tensor.name):
                 problems.append(f"unexpected {tensor.name}")
             continue
         shapes = [expected[path].shape for path in source.paths]
@@ -108,7 +111,26 @@ def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> li
             if (other := sources.setdefault(path, source)) is not source:
                 problems.append(f"{other.tensor.name} and {tensor.name} are both {path}")
     _refuse(folder, problems, [path for path in expected if path not in sources])
+    for head in repeated:
+        _check_tied(head, sources["embed.embedding"].tensor)
     return list(dict.fromkeys(sources.values()))
+
+
+def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
+    """
+    Raises:
+        CheckpointError: the head that a checkpoint stores, though it is tied, is another one than its embedding.
+    """
+    rows = max(1, PIECE_BYTES // (4 * max(1, math.prod(embedding.shape[1:]))))
+    pieces = [(slice(start, start + rows), slice(None)) for start in range(0, embedding.shape[0], rows)]
+    equal = head.shape == embedding.shape and all(
+        np.array_equal(head.read(piece, np.float32), embedding.read(piece, np.float32)) for piece in pieces
+    )
+    if not equal:
+        raise CheckpointError(
+            f"{head.file}: {head.name} differs from {embedding.name}, though config.json ties them; "
+            f"set tie_word_embeddings to false there to use it"
+        )
 
 
 def _source(tensor: StoredTensor, table: tuple[WeightRow, ...]) -> Source | None:

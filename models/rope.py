@@ -149,6 +149,8 @@ def read_rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int
         )
     refuse_other_arithmetic(rope)
     theta = read_positive(rope, "rope_theta", read_positive(fields, "rope_theta", 10000.0))
+    if theta <= 1:
+        raise ValueError(f"config.json: rope_theta must be above 1, got {theta}")
     max_positions: int = fields["max_position_embeddings"]
     match kind := rope.get("rope_type", rope.get("type", "default")):
         case "default":
@@ -164,14 +166,18 @@ def read_rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int
             return theta, Llama3Rope(factor, low, high, _original_length(fields, rope)), max_positions
         case "dynamic":
             (factor,) = _read_numbers(rope, kind, "factor")
-            return theta, DynamicRope(factor, max_positions), max(max_positions, int(factor * max_positions))
+            return theta, DynamicRope(factor, max_positions), _longest(max_positions, factor * max_positions)
         case "yarn":
             yarn = _read_yarn(rope, _original_length(fields, rope), max_positions)
-            extended = int(yarn.factor * yarn.original_max_position_embeddings)
-            return theta, yarn, max(max_positions, extended)
+            extended = yarn.factor * yarn.original_max_position_embeddings
+            return theta, yarn, _longest(max_positions, extended)
     raise ValueError(
         f"config.json: rope type {kind!r} is not supported, only default, linear, dynamic, yarn, llama3"
     )
+
+
+def _longest(max_positions: int, extended: float) -> int:
+    return max(max_positions, int(min(extended, 2**31 - 1)))  # positions are int32
 
 
 def _read_yarn(rope: Mapping[str, Any], original: int, max_positions: int) -> YarnRope:
@@ -214,4 +220,8 @@ def _read_numbers(rope: Mapping[str, Any], kind: str, *names: str) -> list[float
         raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
     if wrong := {name: rope[name] for name in names if not is_positive(rope[name])}:
         raise ValueError(f"config.json: rope type {kind!r} needs positive numbers, got {wrong}")
+    if "factor" in names and rope["factor"] < 1:
+        raise ValueError(
+            f"config.json: rope type {kind!r} needs a factor of at least 1, got {rope['factor']}"
+        )
     return [float(rope[name]) for name in names]

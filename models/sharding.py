@@ -19,7 +19,7 @@ SPLITS = (
     (r".*\.o_proj\.kernel", _INPUTS, "num_heads"),
     (r".*\.(gate|up)_proj\.(kernel|bias)", _OUTPUTS, None),
     (r".*\.down_proj\.kernel", _INPUTS, None),
-    (r"embed\.embedding|head\.(kernel|bias)", _OUTPUTS, None),
+    (r"embed\.embedding|head\.kernel", _OUTPUTS, None),
 )
 
 

@@ -188,12 +188,14 @@ def test_inactive_rows_stay_as_they_are(tiny):
 
 @pytest.mark.parametrize(
     ("tokens", "lengths", "message"),
-    [((2, 65), (2,), "65 prompt tokens exceed"), ((3, 8), (3,), "batch")],
+    [((2, 65), (2,), "65 tokens a row exceed"), ((3, 8), (3,), "batch")],
 )
 def test_shapes_that_do_not_fit_are_refused(tiny, tokens, lengths, message):
     state = kivi_jax.init_state(tiny, 2, 64, "kivi2")
     with pytest.raises(ValueError, match=message):
         kivi_jax.prefill(tiny, jnp.zeros(tokens, jnp.int32), jnp.ones(lengths, jnp.int32), state)
+    with pytest.raises(ValueError, match=message):
+        kivi_jax.extend(tiny, jnp.zeros(tokens, jnp.int32), jnp.ones(lengths, jnp.int32), state)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 1)])

@@ -20,6 +20,7 @@ from tests.checkpoints import TINY, write_checkpoint
 
 PROMPTS = [[1, 2, 3], list(range(40)), [7] * 130, list(range(100, 0, -1))]
 SAMPLED = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
+SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -48,11 +49,10 @@ def chatty(tmp_path_factory):
     """A model with a chat template, whose tokenizer begins every text with a special token and, as SentencePiece has
     it, decodes the first word without its space."""
     folder = write_checkpoint(tmp_path_factory.mktemp("chatty"), bos_token_id=0)
-    special = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
-    words = special + [f"▁w{token}" for token in range(len(special), TINY["vocab_size"])]
+    words = SPECIAL + [f"▁w{token}" for token in range(len(SPECIAL), TINY["vocab_size"])]
     vocabulary = {word: token for token, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
-    tokenizer.add_special_tokens(special)
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -313,6 +313,15 @@ def test_conversations_are_encoded_by_their_template(chatty):
     assert encode(chatty, [MESSAGES, "w10", [5, 6]]) == [MESSAGE_IDS, [0, 10], [5, 6]]
 
 
+def test_special_token_stops_though_no_text_shows_it(chatty):
+    settings = {"max_new_tokens": 60, "temperature": 100.0, "seed": 3}
+    free = kivi_jax.generate(chatty, [MESSAGE_IDS], **settings)[0]
+    place = next(i for i, token in enumerate(free.tokens) if token < len(SPECIAL))
+    stop = ["w200", SPECIAL[free.tokens[place]]]
+    stopped = kivi_jax.generate(chatty, [MESSAGE_IDS], stop=stop, **settings)[0]
+    assert (stopped.tokens, stopped.finish_reason) == (free.tokens[:place], "stop")
+
+
 def test_conversation_is_answered(chatty):
     expected = kivi_jax.generate(chatty, [MESSAGE_IDS], max_new_tokens=20)[0].tokens
     answer = kivi_jax.generate(chatty, MESSAGES, max_new_tokens=20)
@@ -337,7 +346,7 @@ def test_text_after_a_special_token_keeps_its_space(chatty):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([{"role": "user"}], "a message of prompt 0 needs 'role' and 'content', got {'role': 'user'}"),
+        ([{"content": "w7"}], "a message of prompt 0 needs a 'role', got {'content': 'w7'}"),
         ([[5], [{"content": "w10"}]], "a message of prompt 1 needs"),
         ({"role": "user", "content": "w10"}, "a single message in a list"),
         ([{"role": "user", "content": "w10"}, "w11"], "a list of messages, got {'role'"),

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from safetensors.numpy import load_file, save_file
 import kivi_jax
 import loading_report
 from kivi_jax import CheckpointError
-from kivi_jax.loading import HUB_FILES
+from kivi_jax.loading import DEMO_FOLDER, HUB_FILES
 from kivi_jax.models.registry import FAMILIES
 from kivi_jax.weights import flat
 from tests.checkpoints import TINY, random_tensors, write_checkpoint
 
 
 def write_shards(folder, tensors, shards=3):
+    """Shards in place of the single file, which would win over their index."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
     weight_map = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
@@ -55,7 +58,6 @@ def test_shards_equal_a_single_file(tmp_path):
     tensors = random_tensors(TINY)
     single = kivi_jax.load(write_checkpoint(tmp_path / "single", tensors), dtype="float32")
     folder = write_checkpoint(tmp_path / "shards", tensors)
-    (folder / "model.safetensors").unlink()
     write_shards(folder, tensors)
     sharded = kivi_jax.load(folder, dtype="float32")
     prompt = [[1, 2, 3]]
@@ -81,6 +83,43 @@ def test_tied_head(tmp_path):
     ]
     assert completions[0] == completions[1] == completions[2]
     assert "head" not in repeated.weights
+
+
+@pytest.mark.parametrize("change", [-1, np.nan])
+def test_tied_head_must_be_the_embedding(tmp_path, change):
+    tensors = random_tensors(TINY)
+    tensors["lm_head.weight"] = change * tensors["model.embed_tokens.weight"]
+    folder = write_checkpoint(tmp_path, tensors, tie_word_embeddings=True)
+    with pytest.raises(kivi_jax.CheckpointError, match=r"lm_head.weight (differs|holds NaN)"):
+        kivi_jax.load(folder)
+
+
+def test_tokenizer_is_found_from_another_directory(tmp_path, monkeypatch):
+    shutil.copytree(DEMO_FOLDER, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    params = kivi_jax.load("model")
+    monkeypatch.chdir("/")
+    assert kivi_jax.generate(params, "def", max_new_tokens=1).text
+
+
+def test_a_single_file_wins_over_an_index(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    kivi_jax.load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(kivi_jax.CheckpointError, match=r"lacks gone.safetensors"):
+        kivi_jax.load(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": ["gone.safetensors"]}}')
+    with pytest.raises(kivi_jax.CheckpointError, match="weight_map must map tensors to files"):
+        kivi_jax.load(folder)
+
+
+def test_sampling_that_generate_lacks_is_named(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "typical_p": 0.5, "eta_cutoff": 0.0}')
+    with pytest.warns(UserWarning, match="generate has no typical_p;"):
+        params = kivi_jax.load(folder)
+    assert params.sampling == {"temperature": 1.0}
 
 
 def test_all_problems_are_reported_at_once(tmp_path):

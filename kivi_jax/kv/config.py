@@ -72,7 +72,9 @@ class KVConfig:
         return self.key_bits != UNQUANTIZED_BITS
 
     def bits_per_value(self) -> float:
-        """Mean stored bits of a packed key or value, its share of a 16-bit scale and zero included."""
+        """Mean stored bits of a packed key or value in a layer without override, its share of a 16-bit scale and zero
+        included.
+        """
         if not self.quantized:
             return float(UNQUANTIZED_BITS)
         return (self.key_bits + self.value_bits) / 2 + 32 / self.group_size
@@ -81,16 +83,15 @@ class KVConfig:
         """The configuration of every layer, none of which has overrides.
 
         Raises:
-            ValueError: an override is for a layer that the model does not have, or two are for the same.
+            ValueError: an override is for a layer that the model does not have, or two disagree.
         """
         layers = [dataclasses.replace(self, overrides=())] * num_layers
-        overridden: set[int] = set()
+        overridden: dict[int, KVConfig] = {}
         for index, config in self.overrides:
             if not -num_layers <= index < num_layers:
                 raise ValueError(f"overrides name layer {index} of a model with {num_layers} layers")
-            if index % num_layers in overridden:
-                raise ValueError(f"overrides name layer {index % num_layers} twice")
-            overridden.add(index % num_layers)
+            if overridden.setdefault(index % num_layers, config) != config:
+                raise ValueError(f"overrides store layer {index % num_layers} in two ways")
             layers[index] = config
         return tuple(layers)
 

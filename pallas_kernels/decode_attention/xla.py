@@ -55,7 +55,7 @@ class OnlineSoftmax(NamedTuple):
 class Queries(NamedTuple):
     """Queries grouped by the KV head they share: a row for every new token and, within it, every query head."""
 
-    vectors: Float[Array, "B H rows D"]  # times 1/√D, float32
+    vectors: Float[Array, "B H rows D"]  # float32
     positions: Int[Array, "B rows"]
     sliding_window: int | None
     alibi_slopes: Sequence[float] | None
@@ -74,7 +74,7 @@ class Queries(NamedTuple):
         vectors = q.reshape(batch, new, num_kv_heads, shared, head_dim).swapaxes(1, 2)
         vectors = vectors.reshape(batch, num_kv_heads, new * shared, head_dim).astype(jnp.float32)
         positions = jnp.repeat(lengths[:, None] + jnp.arange(new), shared, axis=1)
-        return cls(vectors * head_dim**-0.5, positions, sliding_window, alibi_slopes)
+        return cls(vectors, positions, sliding_window, alibi_slopes)
 
     def ungroup(self, out: Float[Array, "B H rows D"], new: int) -> Float[Array, "B T Hq D"]:
         batch, num_kv_heads, rows, head_dim = out.shape
@@ -88,8 +88,9 @@ class Queries(NamedTuple):
         scores = jnp.einsum(
             "bhrd,bhtd->bhrt", self.vectors.astype(keys.dtype), keys, preferred_element_type=jnp.float32
         )
+        batch, num_kv_heads, rows, head_dim = self.vectors.shape
+        scores = scores * head_dim**-0.5  # here, as it would round queries of 16 bits once more
         if self.alibi_slopes is not None:
-            batch, num_kv_heads, rows, head_dim = self.vectors.shape
             bias = alibi_bias(self.alibi_slopes, tokens, head_dim)
             bias = bias.reshape(batch, num_kv_heads, -1, tokens.shape[-1])
             scores = scores + jnp.tile(bias, (1, 1, rows // bias.shape[2], 1))
@@ -130,6 +131,7 @@ def _attend_new(queries: Queries, k: Float[Array, "B H T D"], v: Float[Array, "B
         queries.vectors.reshape(batch, num_kv_heads, new, shared, head_dim),
         k.astype(jnp.float32),
     )
+    own = own * head_dim**-0.5
     if queries.alibi_slopes is not None:
         bias = alibi_bias(queries.alibi_slopes, tokens, head_dim)
         own = own + bias.reshape(batch, num_kv_heads, shared, new).swapaxes(2, 3)

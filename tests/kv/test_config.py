@@ -59,13 +59,14 @@ def test_overrides_count_layers_from_either_end():
     exact, plain = PRESETS["bf16"], KVConfig(2, 2)
     assert config.of_layers(4) == (KVConfig(4, 2), plain, PRESETS["kivi4"], exact)
     assert PRESETS["kivi2-edges"].of_layers(3) == (exact, plain, exact)
+    assert PRESETS["kivi2-edges"].of_layers(1) == (exact,)
     assert hash(config) == hash(KVConfig(2, 2, overrides={0: KVConfig(4, 2), 2: "kivi4", -1: "bf16"}))
 
 
 def test_overrides_must_fit_the_model():
     with pytest.raises(ValueError, match="overrides name layer 4 of a model with 4 layers"):
         resolve_kv(KVConfig(2, 2, overrides={4: "bf16"}), 64, 4)
-    with pytest.raises(ValueError, match="overrides name layer 3 twice"):
-        resolve_kv(KVConfig(2, 2, overrides={3: "bf16", -1: "bf16"}), 64, 4)
+    with pytest.raises(ValueError, match="overrides store layer 3 in two ways"):
+        resolve_kv(KVConfig(2, 2, overrides={3: "bf16", -1: "kivi4"}), 64, 4)
     with pytest.raises(ValueError, match="group_size 128 does not divide the model's head_dim 64"):
         resolve_kv(KVConfig(2, 2, overrides={1: KVConfig(2, 2, 128)}), 64, 4)
