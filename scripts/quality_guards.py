@@ -53,6 +53,7 @@ OPTIONS: dict[str, str | KVConfig] = {
     "kivi2-edges": "kivi2-edges",
     "kivi2, sinks and edges": KVConfig(2, 2, sink_tokens=32, overrides=EDGES),
     "kivi-k4v2, sinks and edges": KVConfig(4, 2, sink_tokens=32, overrides=EDGES),
+    "kivi4, edges": KVConfig(4, 4, overrides=EDGES),
 }
 
 VOCAB = 512
