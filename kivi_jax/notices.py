@@ -45,8 +45,8 @@ def warn_of_large_key_biases(weights: Mapping[str, Array], config: Any) -> None:
     kept = ", ".join(f'{layer}: "bf16"' for layer in sorted(worst))
     warnings.warn(
         f"key biases of {names} are up to {ratios[worst[0]]:.0f} times what the weights make of an input; 2-bit keys "
-        f'lose attention there. Use kv="kivi4" or another cache with 4-bit keys, or keep the worst layers exact: '
-        f"KVConfig(..., overrides={{{kept}}})",
+        f"lose attention there. Keep the worst layers exact with KVConfig(..., overrides={{{kept}}}), or use 4-bit "
+        f'keys, best kv="kivi4"; both together recover most',
         stacklevel=3,
     )
 

@@ -58,7 +58,7 @@ def passkey_accuracy(
 
 @functools.partial(jax.jit, static_argnames=("prompt", "kv"))
 def teacher_forced_logits(
-    params: kivi_jax.Params, tokens: Int[Array, "B T"], prompt: int, kv: str
+    params: kivi_jax.Params, tokens: Int[Array, "B T"], prompt: int, kv: str | kivi_jax.KVConfig
 ) -> Float[Array, "steps B vocab"]:
     """Logits after every token from the prompt's last on, all but the first from decode steps over the cache."""
     batch, length = tokens.shape
