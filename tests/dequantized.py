@@ -81,23 +81,17 @@ def _codes(words: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
     return ((fields + 2 ** (bits - 1)) % 2**bits).astype(np.float32)
 
 
-def exact_logits(params: Params, tokens: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, Stored]:
-    """`attend_decoded` of whole right-padded prompts, with nothing stored before them."""
-    model = params.config
-    nothing = np.zeros((len(tokens), model.num_kv_heads, 0, model.head_dim), np.float32)
-    return attend_decoded(
-        params, tokens, counts, ((nothing, nothing),) * model.num_layers, np.zeros_like(counts)
-    )
-
-
 @jax.jit
 def attend_decoded(
-    params: Params, tokens: Array, counts: Array, stored: Stored, lengths: Array
+    params: Params, tokens: Array, counts: Array, stored: Stored | None = None, lengths: Array | None = None
 ) -> tuple[Array, Stored]:
-    """Logits `[B, V]` after each row's `counts` new `tokens` `[B, T]`, of rows that store `lengths` tokens; and the
-    keys and values `[B, H, T, D]` of the new ones.
+    """Logits `[B, V]` after each row's `counts` new `tokens` `[B, T]`, of rows that store `lengths` tokens or none; and
+    the keys and values `[B, H, T, D]` of the new ones.
     """
     config = params.config
+    if stored is None or lengths is None:
+        nothing = jnp.zeros((len(tokens), config.num_kv_heads, 0, config.head_dim))
+        stored, lengths = ((nothing, nothing),) * config.num_layers, jnp.zeros_like(counts)
     capacity, new = stored[0][0].shape[2], tokens.shape[1]
     slopes = config.alibi_slopes
     if slopes is not None:

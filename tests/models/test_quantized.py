@@ -16,7 +16,7 @@ import kivi_jax
 from kivi_jax import KVConfig
 from kivi_jax.kv.config import resolve_kv
 from parity_report import GOLDENS, logits_alone, read_golden
-from tests.dequantized import attend_decoded, decode_state, exact_logits
+from tests.dequantized import attend_decoded, decode_state
 from tests.test_decoding import assert_same_logits
 
 NAMES = [
@@ -33,8 +33,7 @@ PRESETS = ["kivi2", "kivi4", "kivi-k4v2"]
 SHORT = KVConfig(2, 2, group_size=32, residual_length=32)
 SINKS = KVConfig(4, 2, group_size=16, residual_length=32, sink_tokens=5, overrides={-1: SHORT})
 
-STEPS = 24
-CAPACITY = 1536
+STEPS = 20
 # What the issue allows is 1e-5; all is float32 and the codes are the same, which leaves less than 1e-11.
 NMSE = 1e-8
 
@@ -46,23 +45,47 @@ def full_precision():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Most of the time here goes into machine code that runs for milliseconds."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @functools.cache
+def read(name):
+    return read_golden(GOLDENS / name)
+
+
 def load(name):
-    return kivi_jax.load(GOLDENS / name, dtype="float32")
+    return read(name).params
 
 
-def prompt_lengths(residual):
-    return np.asarray([1, residual - 1, residual, residual + 1, 2 * residual - 10, 1500], np.int32)
+class Texts(NamedTuple):
+    """Prompts around a residual length in one ragged batch, and the tokens that follow."""
+
+    prompts: np.ndarray
+    lengths: np.ndarray
+    following: np.ndarray
+    expected: np.ndarray  # [B, V], after the prompts, by the oracle
+    new: tuple  # its keys and values
 
 
 @functools.cache
 def texts(name, residual):
-    """Prompts, the tokens that follow, and the oracle's logits, keys and values of the prompts."""
+    lengths = [1, residual - 1, residual, residual + 1, 2 * residual - 10]
+    if residual == SHORT.residual_length:
+        lengths.append(1500)
+    lengths = np.asarray(lengths, np.int32)
     generator = np.random.default_rng(1)
-    params, lengths = load(name), prompt_lengths(residual)
-    prompts = generator.integers(0, params.config.vocab_size, (len(lengths), lengths.max()), np.int32)
-    following = generator.integers(0, params.config.vocab_size, (len(lengths), STEPS), np.int32)
-    return prompts, following, jax.device_get(exact_logits(params, prompts, lengths))
+    params, shape = load(name), (len(lengths), lengths.max() + STEPS)
+    tokens = generator.integers(0, params.config.vocab_size, shape, np.int32)
+    prompts, following = tokens[:, :-STEPS], tokens[:, -STEPS:]
+    return Texts(
+        prompts, lengths, following, *jax.device_get(attend_decoded(params, prompts, lengths))
+    )
 
 
 class Run(NamedTuple):
@@ -75,17 +98,16 @@ def run(name, kv, residual=None):
     """Prefills and decodes through a state of `kv`, and checks what it stores on the way."""
     params = load(name)
     config = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
-    residual = residual or config.residual_length
-    prompts, following, (exact, new) = texts(name, residual)
-    lengths = prompt_lengths(residual)
-    history = History(params, len(lengths))
-    state = kivi_jax.init_state(params, len(lengths), CAPACITY, config)
-    logits, state = kivi_jax.prefill(params, jnp.asarray(prompts), jnp.asarray(lengths), state)
-    history.append(new, lengths)
+    text = texts(name, residual or config.residual_length)
+    ones = np.ones_like(text.lengths)
+    capacity = int(text.lengths.max()) + STEPS
+    history = History(params, len(ones), capacity)
+    state = kivi_jax.init_state(params, len(ones), capacity, config)
+    logits, state = kivi_jax.prefill(params, jnp.asarray(text.prompts), jnp.asarray(text.lengths), state)
+    history.append(text.new, text.lengths)
     history.check(state)
-    all_logits, all_expected = [logits], [exact]
-    for step, tokens in enumerate(following.T):
-        ones = np.ones_like(lengths)
+    all_logits, all_expected = [logits], [text.expected]
+    for step, tokens in enumerate(text.following.T):
         expected, new = attend_decoded(params, tokens[:, None], ones, decode_state(state), state.lengths)
         logits, state = kivi_jax.decode_step(params, jnp.asarray(tokens), state)
         history.append(new, ones)
@@ -99,10 +121,10 @@ def run(name, kv, residual=None):
 class History:
     """Exact keys and values `[B, H, S, D]` of every layer, as the oracle computed them."""
 
-    def __init__(self, params, batch):
+    def __init__(self, params, batch, capacity):
         model = params.config
         self.lengths = np.zeros(batch, np.int32)
-        shape = (model.num_layers, 2, batch, model.num_kv_heads, CAPACITY, model.head_dim)
+        shape = (model.num_layers, 2, batch, model.num_kv_heads, capacity, model.head_dim)
         self.exact = np.full(shape, np.nan, np.float32)
 
     def append(self, new, counts):
@@ -156,10 +178,115 @@ def assert_follows_oracle(logits, expected):
     assert nmse.max() <= NMSE, f"row and step {np.unravel_index(nmse.argmax(), nmse.shape)}: {nmse.max()}"
 
 
-@pytest.mark.parametrize("kv", [*PRESETS, SHORT, SINKS, "bf16"], ids=str)
+@pytest.mark.parametrize("kv", [*PRESETS, SHORT], ids=["kivi2", "kivi4", "k4v2", "short"])
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_around_the_residual_length_and_steps(name, kv):
-    """1, R − 1, R, R + 1, 2R − 10 and 1,500 tokens in one batch, and steps in which some of the rows flush."""
+    """1, R − 1, R, R + 1 and 2R − 10 tokens in one batch, with a short R also 1,500, and steps that flush some rows."""
     logits, expected = run(name, kv)
     np.testing.assert_allclose(logits[:, 0], expected[:, 0], rtol=0, atol=1e-4)
     assert_follows_oracle(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["mistral_window", "falcon_rw"])
+def test_sinks_and_layers_of_their_own(name):
+    assert_follows_oracle(*run(name, SINKS))
+
+
+def divergence(logits, reference):
+    """Mean Kullback-Leibler divergence from the distributions of `reference`, in nats."""
+    log_p, log_q = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
+    return float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_bits_come_closer(name):
+    """The prefill does not tell caches apart, and steps do by their bits, where a row has anything quantized."""
+    exact, expected = run(name, "bf16", residual=128)
+    np.testing.assert_allclose(exact, expected, rtol=0, atol=1e-4)
+    divergences = {}
+    for kv in PRESETS:
+        logits, _ = run(name, kv)
+        np.testing.assert_allclose(logits[:, 0], exact[:, 0], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logits[0], exact[0], rtol=0, atol=1e-4)  # 21 tokens
+        divergences[kv] = divergence(logits[2:, 1:], exact[2:, 1:])
+    # A window of less than R tokens reads exact values, so that their bits make no difference.
+    assert 1e-6 < divergences["kivi4"] <= divergences["kivi-k4v2"] < divergences["kivi2"] / 2 < 1
+
+
+@pytest.mark.parametrize("kv", ["bf16", SHORT], ids=["bf16", "short"])
+@pytest.mark.parametrize("name", NAMES)
+def test_row_does_not_depend_on_its_neighbours(name, kv):
+    params, text = load(name), texts(name, 128 if kv == "bf16" else 32)
+    together, _ = run(name, kv, residual=128 if kv == "bf16" else 32)
+    for row in (0, 2, -1):
+        length = text.lengths[row]
+        state = kivi_jax.init_state(params, 1, int(text.lengths.max()) + STEPS, kv)
+        prompt = jnp.asarray(text.prompts[[row]])
+        logits, state = kivi_jax.prefill(params, prompt, jnp.asarray([length]), state)
+        alone = [logits]
+        for token in text.following[row]:
+            logits, state = kivi_jax.decode_step(params, jnp.asarray([token]), state)
+            alone.append(logits)
+        assert_same_logits(together[row], np.concatenate(alone), kv)
+
+
+@pytest.mark.parametrize(
+    ("name", "kv"),
+    [(name, kv) for name in NAMES for kv in PRESETS]
+    + [("llama_gqa", "kivi2-sinks"), ("llama_gqa", "kivi2-edges")],
+)
+def test_generates(name, kv):
+    """Greedy completions, with the log-probabilities of the model without a state for the same tokens: exactly while
+    a row has nothing quantized, and not far from them after.
+    """
+    golden, new = read(name), 12
+    params, prompts = golden.params, golden.prompt_lists()
+    completions = kivi_jax.generate(params, prompts, kv, max_new_tokens=new, logprobs=True)
+    tokens = np.zeros((len(prompts), max(map(len, prompts)) + new), np.int32)
+    for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
+        whole = prompt + completion.tokens
+        row[: len(whole)] = whole
+    lengths = np.full(len(prompts), tokens.shape[1], np.int32)
+    exact = jax.nn.log_softmax(logits_alone(params, tokens, lengths))
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        assert completion.finish_reason == ("length" if len(completion.tokens) == new else "stop")
+        first = golden.prefill_logits[row].argmax()
+        assert completion.tokens[:1] == ([] if first in params.end_tokens else [first])
+        places = len(prompt) - 1 + np.arange(len(completion.tokens))
+        expected = np.asarray(exact)[row, places, completion.tokens]
+        errors = np.abs(np.asarray(completion.logprobs)[: len(expected)] - expected)
+        # Of two layers, both are edges.
+        if len(prompt) + new <= 128 or kv == "kivi2-edges":
+            assert errors.max(initial=0) < 1e-4
+        else:
+            assert errors[0] < 1e-4 < errors.mean() < 2
+
+
+@pytest.mark.parametrize("kv", ["bf16", SHORT], ids=["bf16", "short"])
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks(name, kv):
+    """A conversation of ragged turns follows the oracle; without quantization it is also one prompt.
+
+    Not so with a dynamic rope, whose keys depend by definition on the passes they arrive in: it is not among NAMES.
+    """
+    params, size = load(name), 100
+    turns = np.asarray([[40, 100, 0, 1], [0, 33, 100, 64], [70, 1, 31, 30], [100, 100, 96, 32]], np.int32)
+    capacity = int(turns.sum(0).max())
+    generator = np.random.default_rng(4)
+    texts = generator.integers(0, params.config.vocab_size, (turns.shape[1], capacity), np.int32)
+    history = History(params, len(texts), capacity)
+    state = empty = kivi_jax.init_state(params, len(texts), capacity, kv)
+    for counts in turns:
+        tokens = np.zeros((len(texts), size), np.int32)
+        for row, (start, count) in enumerate(zip(history.lengths, counts, strict=True)):
+            tokens[row, :count] = texts[row, start : start + count]
+        expected, new = attend_decoded(params, tokens, counts, decode_state(state), state.lengths)
+        logits, state = kivi_jax.extend(params, jnp.asarray(tokens), jnp.asarray(counts), state)
+        history.append(new, counts)
+        history.check(state)
+        appended = counts > 0
+        assert_follows_oracle(logits[appended, None], expected[appended, None])
+        if kv == "bf16":
+            lengths = jnp.maximum(history.lengths, 1)
+            at_once, _ = kivi_jax.prefill(params, jnp.asarray(texts), lengths, empty)
+            np.testing.assert_allclose(logits[appended], at_once[appended], rtol=0, atol=1e-4)
