@@ -15,7 +15,9 @@ from kivi_jax import KVState, Params
 from kivi_jax.kv.dense import DenseLayer
 from kivi_jax.kv.quantized import QuantizedLayer
 
-Stored = tuple[tuple[np.ndarray, np.ndarray], ...]  # keys and values [B, H, S, D] of every layer, token t at t
+Stored = tuple[
+    tuple[np.ndarray, np.ndarray], ...
+]  # keys and values [B, H, S, D] of every layer, token t at t
 
 
 def decode_state(state: KVState) -> Stored:

