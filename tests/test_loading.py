@@ -177,24 +177,29 @@ def missing_shard(folder):
     (folder / "model-00002-of-00003.safetensors").unlink()
 
 
+def write_index(folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 def outside_shard(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
+    write_index(folder, '{"weight_map": {"a": "../other.safetensors"}}')
 
 
 def listed_map(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    write_index(folder, '{"weight_map": ["a"]}')
 
 
 def folder_as_file(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": ".."}}')
+    write_index(folder, '{"weight_map": {"a": ".."}}')
 
 
 def mapped_to_pickles(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+    write_index(folder, '{"weight_map": {"a": "pytorch_model.bin"}}')
 
 
 def empty_map(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    write_index(folder, '{"weight_map": {}}')
 
 
 def shard_cut_short(folder):
