@@ -73,7 +73,7 @@ def restore_weights(
                 raise
             except Exception as error:
                 raise CheckpointError(
-                    f"{folder / ORBAX_FOLDER}: {path} is damaged; convert the model again ({error})"
+                    f"{folder / ORBAX_FOLDER}: {path} is damaged; convert the model again"
                 ) from error
             if not _is_finite(restored[path]):
                 raise CheckpointError(
