@@ -1,0 +1,499 @@
+"""The kernel of decode attention on a TPU: what one grid step does. `tpu.py` says how it is called."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan
+from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES, ROWS_16_BIT, SUBLANES, Tiles
+
+
+def scratch_buffers(plan: Plan) -> dict[str, Any]:
+    """What stays in fast memory between grid steps, and within one."""
+    groups = plan.chunk // plan.keys.group_size
+    value_rows = plan.chunk // plan.values.tokens * plan.channel_groups
+    columns = plan.keys.lanes // LANES
+
+    def buffer(*shape: int) -> Any:
+        return pltpu.VMEM(shape, jnp.float32)
+
+    return {
+        "maximum": buffer(plan.heads, plan.rows, LANES),
+        # A part of the sum on every lane.
+        "denominator": buffer(plan.heads, plan.rows, LANES),
+        "weighted": buffer(plan.heads, plan.rows, plan.head_dim),
+        # With `fold`, scaled queries: even rows, odd rows, each twice, then all in order.
+        "queries": buffer(columns if plan.fold else 1, plan.heads, 3 * SUBLANES, LANES),
+        # Of each head of a unit.
+        "scores": buffer(plan.unroll, plan.chunk // LANES, plan.rows, LANES),
+        # Scales repeated for the rows they belong to; one group more may be read, though not used.
+        "key_scales": buffer(plan.unroll, columns, plan.scale_repeats * (groups + 1), LANES),
+        # What the middle code decodes to; without `fold`, its product with the queries.
+        "key_middles": buffer(
+            plan.unroll,
+            columns if plan.fold else 1,
+            plan.row_repeats * groups if plan.fold else plan.rows,
+            LANES,
+        ),
+        "value_scales": buffer(plan.unroll, 2, plan.values.halves, plan.row_repeats * value_rows, LANES),
+        "sums": buffer(plan.unroll, columns, 2 * -(-plan.slots // plan.copies // 2) * plan.rows, LANES),
+    }
+
+
+def step(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> None:
+    """One grid step: a block of packed tokens of a row, for some KV heads."""
+    rows_ref, blocks_ref, lengths_ref, _ = refs[:4]
+    number = pl.program_id(1)
+    length = lengths_ref[rows_ref[number]]
+    block = blocks_ref[number]
+    call = _Step(plan, dict(zip(names, refs[4:], strict=True)), length, block, interpret)
+    used = jnp.clip(length - plan.residual, 0, plan.capacity)
+
+    @pl.when(block == 0)
+    def begin() -> None:
+        jax.lax.fori_loop(0, plan.heads, lambda head, _: call.begin(head), None)
+
+    groups = plan.heads // plan.unroll
+    chunks = jax.lax.div(jnp.minimum(used - block * plan.block, plan.block) + (plan.chunk - 1), plan.chunk)
+
+    def unit(i: Array) -> list[tuple[int, Array, Array]]:
+        """Number, head and chunk of those in unit `i`."""
+        first, chunk = jax.lax.rem(i, groups) * plan.unroll, jax.lax.div(i, groups)
+        return [(u, first + u, chunk) for u in range(plan.unroll)]
+
+    # Three stages overlap, as none waits for another: a unit's values are weighted while the next one's keys are scored
+    # and the scales after that are prepared. The scheduler keeps to their order: keys first, which wait for nothing.
+    @pl.when(chunks > 0)
+    def attend() -> None:
+        last = chunks * groups - 1
+
+        def body(i: Array, _: None) -> None:
+            for before, now, after in zip(unit(i - 1), unit(i), unit(jnp.minimum(i + 1, last)), strict=True):
+                call.weigh(*before, then=functools.partial(call.score, *now))
+                call.prepare_values(*now)
+                call.prepare_keys(*after)
+
+        for now, after in zip(unit(jnp.int32(0)), unit(jnp.minimum(1, last)), strict=True):
+            call.prepare_keys(*now)
+            call.score(*now)
+            call.prepare_values(*now)
+            call.prepare_keys(*after)
+        jax.lax.fori_loop(1, last + 1, body, None)
+        for now in unit(last):
+            call.weigh(*now)
+
+    @pl.when((block + 1) * plan.block >= used)
+    def end() -> None:
+        jax.lax.fori_loop(0, plan.heads, lambda head, _: call.end(head), None)
+
+
+class _Step:
+    """`length` is the row's, `block` the number of its block of packed tokens."""
+
+    def __init__(self, plan: Plan, refs: dict[str, Any], length: Array, block: Array, interpret: bool):
+        self.plan, self.refs, self.length, self.block, self.interpret = plan, refs, length, block, interpret
+        # The oldest token that counts, but for the sinks.
+        self.oldest = plan.sinks if plan.window is None else jnp.maximum(length + 1 - plan.window, plan.sinks)
+
+    def begin(self, head: Array) -> None:
+        """Softmax over the new token, the ring and the sinks."""
+        plan, refs = self.plan, self.refs
+        q = refs["q"][head, : plan.rows, : plan.head_dim]
+        new_k, new_v = (refs["new"][head, i : i + 1].astype(jnp.float32) for i in range(2))
+        if plan.fold:
+            self._prepare_queries(head, q.astype(jnp.float32) * plan.query_scale)
+        new = jnp.sum(q.astype(jnp.float32) * new_k, axis=1, keepdims=True)
+        new_score = self._finish(jnp.broadcast_to(new, (plan.rows, LANES)), self.length, head)[:, :1]
+        age = jax.lax.rem(self.length + (plan.residual - 1), plan.residual) - _iota(plan.residual)
+        token = self.length - 1 - jnp.where(age < 0, age + plan.residual, age)
+        pieces = [(refs["window_k"], refs["window_v"], token, token >= jnp.maximum(self.oldest, 0))]
+        if plan.sinks:
+            token = _iota(plan.sinks)
+            live = token < self.length
+            if plan.window is not None:
+                live &= token > self.length - plan.window
+            pieces.append((refs["sink_k"], refs["sink_v"], token, live))
+        scores = [
+            jnp.where(live, self._finish(_dot_transposed(q, keys[head]), token, head), -jnp.inf)
+            for keys, _, token, live in pieces
+        ]
+        maximum = functools.reduce(jnp.maximum, [x.max(1, keepdims=True) for x in scores], new_score)
+        denominator = jnp.exp2(new_score - maximum)
+        weighted = denominator * new_v
+        for (_, values, *_), score in zip(pieces, scores, strict=True):
+            probabilities = jnp.exp2(score - maximum)
+            denominator += probabilities.sum(1, keepdims=True)
+            weighted += _dot(probabilities.astype(jnp.bfloat16), values[head])
+        refs["maximum"][head] = jnp.broadcast_to(maximum, (plan.rows, LANES))
+        refs["denominator"][head] = jnp.broadcast_to(denominator / LANES, (plan.rows, LANES))
+        refs["weighted"][head] = weighted
+
+    def _prepare_queries(self, head: Array, q: Array) -> None:
+        """With scales of two slots, even and odd rows, each twice, pack into rows of both."""
+        half = SUBLANES // 2
+        for column, lanes in enumerate(_columns(q)):
+            queries = self.refs["queries"].at[column, head]
+            queries[2 * SUBLANES :] = lanes
+            for i in range(4):
+                rows = queries[pl.ds(2 * SUBLANES + i // 2, half, stride=2)]
+                queries[i * half : (i + 1) * half] = rows
+
+    def end(self, head: Array) -> None:
+        denominator = self.refs["denominator"][head].sum(1, keepdims=True)
+        out = self.refs["weighted"][head] / denominator
+        self.refs["out"][head] = out.astype(self.refs["out"].dtype)
+
+    def score(self, u: int, head: Array, chunk: Array) -> None:
+        """Scores of the packed tokens of chunk `chunk` of the block."""
+        for i, x in enumerate(self._scores(u, head, chunk)):
+            self.refs["scores"][u, i] = x
+
+    def weigh(self, u: int, head: Array, chunk: Array, then: Callable[[], None] | None = None) -> None:
+        """Adds the values of what `score` scored last. `then` follows as soon as that is read."""
+        plan, refs = self.plan, self.refs
+        scores = [refs["scores"][u, i] for i in range(plan.chunk // LANES)]
+        if then is not None:
+            then()
+        before = refs["maximum"][head]
+        maximum = jnp.maximum(before, functools.reduce(jnp.maximum, scores).max(1, keepdims=True))
+        shrink = jnp.exp2(before - maximum)
+        probabilities = [jnp.exp2(x - maximum) for x in scores]
+        weighted = self._weighted(u, head, chunk, probabilities)
+        refs["maximum"][head] = maximum
+        refs["denominator"][head] = refs["denominator"][head] * shrink + functools.reduce(
+            jnp.add, probabilities
+        )
+        refs["weighted"][head] = refs["weighted"][head] * shrink[:, :1] + weighted
+
+    def _finish(self, products: Array, token: Array, head: Array) -> Array:
+        """Scores, base 2, of products q·k."""
+        scores = products * self.plan.score_scale
+        return scores + self._bias(token, head) if self.plan.alibi else scores
+
+    def _bias(self, token: Array, head: Array) -> Array:
+        """`alibi_bias` of tokens on lanes, base 2."""
+        slopes = _round_to_bfloat16(self.refs["slopes"][head])
+        lanes = 1 if token.ndim == 0 else token.shape[-1]
+        position = _round_to_bfloat16(jnp.broadcast_to(token, (1, lanes)).astype(jnp.float32))
+        return _round_to_bfloat16(slopes[:, :1] * position) * self.plan.score_scale
+
+    def prepare_keys(self, u: int, head: Array, chunk: Array) -> None:
+        """What `score` needs of the scales."""
+        plan, refs, keys = self.plan, self.refs, self.plan.keys
+        groups = plan.chunk // keys.group_size
+        rows = pl.ds(pl.multiple_of(chunk * groups, groups), groups)
+        scale, zero = (refs[name][head, rows].astype(jnp.float32) for name in ("k_scale", "k_zero"))
+        middle = (zero + keys.middle_code * scale) * keys.unit
+        if plan.fold:
+            self._store_repeated("key_middles", (u,), middle * (1 / keys.middle), plan.row_repeats)
+        else:
+            # In two parts, whose products with the queries are exact: a zero can be far larger than its group's range.
+            high = middle.astype(jnp.bfloat16)
+            low = (middle - high.astype(jnp.float32)).astype(jnp.bfloat16)
+            q = refs["q"][head, : plan.rows, : plan.head_dim]
+            products = _dot_transposed(q, jnp.concatenate([high, low], axis=0)) * plan.query_scale
+            refs["key_middles"][u, 0, :, : 2 * groups] = products
+        if keys.halves == 2:
+            scale = jnp.concatenate([scale, scale], axis=1)
+        self._store_repeated("key_scales", (u,), scale, plan.scale_repeats)
+
+    def prepare_values(self, u: int, head: Array, chunk: Array) -> None:
+        """What `weigh` needs of the scales."""
+        plan, refs, values = self.plan, self.refs, self.plan.values
+        lanes = pl.ds(pl.multiple_of(chunk * plan.chunk, plan.chunk), plan.chunk)
+        # Places past the last token may hold anything, even what is not a number.
+        place = jax.lax.broadcasted_iota(jnp.int32, (plan.channel_groups, plan.chunk), 1)
+        live = place < self._used() - chunk * plan.chunk
+        ordered = []
+        for name in ("v_scale", "v_zero"):
+            array = jnp.where(live, refs[name][head, :, lanes].astype(jnp.float32), 0)
+            tiles = [array[:, i : i + values.tokens] for i in range(0, plan.chunk, values.tokens)]
+            ordered.append(_take_ordered(jnp.concatenate(tiles, axis=0), values.token_of_lane))
+        scale, zero = ordered
+        factor = values.unit / values.middle
+        zero = zero * factor + scale * (values.middle_code * factor)
+        for i, array in enumerate((scale, zero)):
+            self._store_repeated("value_scales", (u, i), array, plan.row_repeats)
+
+    def _store_repeated(self, name: str, place: tuple[int, ...], x: Array, repeats: int) -> None:
+        """Every row `repeats` times, in a buffer `[..., columns, rows, 128]`."""
+        for column, lanes in enumerate(_columns(x)):
+            for i in range(repeats):
+                self.refs[name].at[*place, column][pl.ds(i, x.shape[0], stride=repeats)] = lanes
+
+    def _load_columns(self, name: str, u: int, rows: Any) -> Array:
+        columns = range(self.plan.keys.lanes // LANES)
+        return jnp.concatenate([self.refs[name][u, i, rows] for i in columns], axis=1)
+
+    def _rows_of_slot(self, slot: int) -> Any:
+        """Where a buffer holds what the rows of a slot need, a row that is spread over all or one for each of them."""
+        count = self.plan.copies * self.plan.row_repeats
+        return pl.ds(slot * count, count)
+
+    def _own(self, group_of_lane: Array) -> Array:
+        """The first group of the slot of which a copy's rows hold a lane's group, as no other copy's do."""
+        if self.plan.copies == 1:
+            return group_of_lane
+        row = jax.lax.broadcasted_iota(jnp.int32, group_of_lane.shape, 0)
+        return group_of_lane - (row >> (self.plan.copy_rows.bit_length() - 1))
+
+    def _sum_copies(self, x: Array) -> Array:
+        """In the rows of all of them."""
+        shift = self.plan.rows // 2
+        while shift >= self.plan.copy_rows:
+            x += pltpu.roll(x, shift, axis=0)
+            shift //= 2
+        return x
+
+    def _used(self) -> Array:
+        """Packed places of this block, and of those after it, that are in use."""
+        plan = self.plan
+        return jnp.minimum(self.length - plan.residual, plan.capacity) - self.block * plan.block
+
+    def _scores(self, u: int, head: Array, chunk: Array) -> list[Array]:
+        """Of every tile and half of the chunk `[rows, 128]`, base 2, -inf where no token counts."""
+        plan, keys = self.plan, self.plan.keys
+        products = self._folded_products(u, head, chunk) if plan.fold else self._products(u, head, chunk)
+        scores = []
+        for i, score in enumerate(products):
+            tile, half = divmod(i, keys.halves)
+            place = keys.token_of_lane(half)[:1] + (chunk * plan.chunk + tile * keys.tokens)
+            token, live = self._token(place)
+            if plan.alibi:
+                score += self._bias(token, head)
+            scores.append(jnp.where(live, score, -jnp.inf))
+        return scores
+
+    def _token(self, place: Array) -> tuple[Array, Array]:
+        """Tokens of places of this block, and whether they count."""
+        plan = self.plan
+        live = place < self._used()
+        token = place + self.block * plan.block
+        if plan.window is None:
+            return token, live & (token >= plan.sinks) if plan.sinks else live
+        # Packed blocks are a ring: those before the newest one's slot are of its round, the others of the round before.
+        newest = jnp.maximum(jax.lax.div(self.length, plan.residual) - 1, 0)
+        count = plan.capacity // plan.residual
+        of_round = (jax.lax.rem(newest, count) + 1) * plan.residual
+        first = jax.lax.div(newest, count) * plan.capacity
+        token += jnp.where(token < of_round, first, first - plan.capacity)
+        live &= (token >= self.oldest) & (token < self.length - plan.residual)
+        return token, live
+
+    def _tile(self, tiles: Tiles, name: str, head: Array, chunk: Array, tile: int) -> Array:
+        """Unpacked, `[tokens of a half, lanes]`."""
+        of_chunk = self.plan.chunk // tiles.tokens * tiles.word_rows
+        start = pl.multiple_of(chunk * of_chunk, SUBLANES) + tile * tiles.word_rows
+        return tiles.unpack(self.refs[name][head, pl.ds(start, tiles.word_rows)])
+
+    def _products(self, u: int, head: Array, chunk: Array) -> list[Array]:
+        """Scores of every tile and half, with the scales applied to the codes."""
+        plan, keys = self.plan, self.plan.keys
+        tiles, groups = plan.chunk // keys.tokens, plan.chunk // keys.group_size
+        scaled = []
+        for tile in range(tiles):
+            codes = self._tile(keys, "k_codes", head, chunk, tile)
+            for i in range(0, LANES, ROWS_16_BIT):
+                group = tile * keys.groups + keys.group_of_register(i // ROWS_16_BIT)
+                start = group * plan.scale_repeats
+                code = codes[i : i + ROWS_16_BIT]
+                if plan.bfloat16_units:
+                    scale = self._load_columns("key_scales", u, pl.ds(start, ROWS_16_BIT))
+                    scaled.append((code - keys.middle) * scale.astype(jnp.bfloat16))
+                else:  # even and odd rows are of the same words, and so of the same groups
+                    scale = self._load_columns("key_scales", u, pl.ds(start, SUBLANES))
+                    even, odd = _unpack_rows(pltpu.bitcast(code, jnp.int32), self.interpret)
+                    even, odd = (even - keys.middle) * scale, (odd - keys.middle) * scale
+                    scaled.append(pltpu.bitcast(_pack_rows(even, odd, self.interpret), jnp.bfloat16))
+        q = self.refs["q"][head]
+        products = _dot_transposed(q, jnp.concatenate(scaled, axis=0)) * plan.query_scale
+        middles = self.refs["key_middles"][u, 0]
+        group_of_lane = _tile_rows(keys.group_of_lane(), plan.rows)
+        scores = []
+        for tile in range(tiles):
+            high = group_of_lane + tile * keys.groups
+            middle = _take_lanes(middles, high) + _take_lanes(middles, high + groups)
+            for half in range(keys.halves):
+                rows = slice(half * plan.rows, (half + 1) * plan.rows)
+                scores.append(products[rows, tile * LANES : (tile + 1) * LANES] + middle)
+        return scores
+
+    def _folded_products(self, u: int, head: Array, chunk: Array) -> list[Array]:
+        """The same with the scales applied to the queries: rows for every group, and each lane keeps its own's.
+
+        A slot is a register of queries, of which each copy is scaled for a group of its own. Slots go in pairs, which
+        fill a register of 16-bit rows; if that is more than a tile's, two tiles share a pair.
+        """
+        plan, keys = self.plan, self.plan.keys
+        columns = range(keys.lanes // LANES)
+        even, odd, q = (
+            jnp.concatenate(
+                [self.refs["queries"][i, head, pl.ds(j * SUBLANES, SUBLANES)] for i in columns], axis=1
+            )
+            for j in range(3)
+        )
+        slots = keys.groups // plan.copies
+        folded, sums = [], []
+        for pair in range(plan.chunk // (2 * plan.copies * keys.group_size)):
+            scale = self._load_columns("key_scales", u, pl.ds(pair * SUBLANES, SUBLANES))
+            rows = pltpu.bitcast(_pack_rows(even * scale, odd * scale, self.interpret), jnp.bfloat16)
+            folded.append(rows)
+            # What the rounded rows add up to, so that the numbers' constant part cancels exactly.
+            rounded = rows.astype(jnp.float32)
+            for i in range(2):
+                middle = self._load_columns("key_middles", u, self._rows_of_slot(2 * pair + i))
+                rest = q * middle - rounded[i * SUBLANES : (i + 1) * SUBLANES]
+                sums.append(rest.sum(1, keepdims=True))
+        own = self._own(keys.group_of_lane())
+        products = []
+        tiles = plan.chunk // keys.tokens
+        wide = min(plan.product_tiles, tiles)
+        for start in range(0, tiles, wide):
+            pair = start * slots // 2
+            product = _dot_transposed(
+                jnp.concatenate(folded[pair : -(-(start + wide) * slots // 2)], axis=0),
+                jnp.concatenate(
+                    [self._tile(keys, "k_codes", head, chunk, start + i) for i in range(wide)], axis=0
+                ),
+            )
+            for i, of_tile in enumerate(_columns(product)):
+                kept = constant = jnp.zeros((SUBLANES, LANES), jnp.float32)
+                for slot in range(slots):
+                    number = (start + i) * slots + slot
+                    row = (number - 2 * pair) * SUBLANES
+                    here = own == slot * plan.copies
+                    kept = jnp.where(here, of_tile[row : row + SUBLANES], kept)
+                    constant = jnp.where(here, sums[number], constant)
+                products.append(self._sum_copies(kept + keys.middle * constant))
+        return products
+
+    def _weighted(self, u: int, head: Array, chunk: Array, probabilities: list[Array]) -> Array:
+        """Values `[rows, D]` weighted by `probabilities` of every tile and half.
+
+        Scales go to the probabilities: rows for every channel group, which are then right on that group's lanes.
+        """
+        plan, refs, values = self.plan, self.refs, self.plan.values
+        tiles = plan.chunk // values.tokens
+        if plan.keys.bits != values.bits:
+
+            def key_lane(half: int) -> Array:
+                return plan.keys.lane_of_token(values.token_of_lane(half))
+
+            probabilities = [
+                x
+                for i in range(0, len(probabilities), values.halves)
+                for x in _columns(
+                    _take_ordered(jnp.concatenate(probabilities[i : i + values.halves], axis=1), key_lane)
+                )
+            ]
+        codes = [_columns(self._tile(values, "v_codes", head, chunk, tile)) for tile in range(tiles)]
+        slots = plan.slots // plan.copies
+        lane = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1)
+        own = self._own(lane >> (values.group_size.bit_length() - 1))
+        outputs = []
+        for column in range(values.lanes // LANES):
+            packed: list[list[Array]] = []
+            constants: list[Any] = [0.0] * slots
+            for tile in range(tiles):
+                rows = []
+                for slot in range(0, slots, 2):
+                    # A single slot goes with itself.
+                    members = range(slot, min(slot + 2, slots))
+                    pair = []
+                    for s in members:
+                        place = column * slots + s
+                        half, place = divmod(place, plan.channel_groups) if values.halves == 2 else (0, place)
+                        probability = probabilities[tile * values.halves + half]
+                        row = self._rows_of_slot(tile * (plan.channel_groups // plan.copies) + place)
+                        scale, zero = (refs["value_scales"][u, i, half, row] for i in range(2))
+                        pair.append(probability * scale)
+                        constants[s] += probability * zero
+                    words = _pack_rows(pair[0], pair[-1], self.interpret)
+                    rounded = _unpack_rows(words, self.interpret)
+                    rows.append(pltpu.bitcast(words, jnp.bfloat16))
+                    for i, s in enumerate(members):
+                        constants[s] -= rounded[i]
+                packed.append(rows)
+            left = jnp.concatenate([jnp.concatenate(rows, axis=0) for rows in packed], axis=1)
+            right = jnp.concatenate([code[column] for code in codes], axis=0)
+            sums = refs["sums"].at[u, column]
+            sums[...] = _dot(left, right)
+            output = jnp.zeros((plan.rows, LANES), jnp.float32)
+            for slot in range(slots):
+                start = slot // 2 * 2 * plan.rows + slot % 2
+                total = sums[pl.ds(start, plan.rows, stride=2)]
+                total += values.middle * constants[slot].sum(1, keepdims=True)
+                output = jnp.where(own == slot * plan.copies, total, output)
+            outputs.append(self._sum_copies(output))
+        if values.halves == 2:
+            (output,) = outputs
+            outputs = [output[:, : plan.head_dim] + output[:, plan.head_dim :]]
+        return jnp.concatenate(outputs, axis=1) * (1 / values.unit)
+
+
+def _iota(size: int) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _dot_transposed(a: Array, b: Array) -> Array:
+    """a · bᵀ"""
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _columns(x: Array) -> list[Array]:
+    """Of a register's lanes each."""
+    return [jax.lax.slice_in_dim(x, i, i + LANES, axis=1) for i in range(0, x.shape[1], LANES)]
+
+
+def _take_lanes(x: Array, lanes: Array) -> Array:
+    return jnp.take_along_axis(x, lanes, axis=1, mode="promise_in_bounds")
+
+
+def _take_ordered(x: Array, source: Callable[[int], Array]) -> Array:
+    """The lanes of `x`, of one or two registers, in another order: register i takes `source(i)` of them all."""
+    columns = _columns(x)
+    ordered: list[Array] = []
+    for i in range(len(columns)):
+        lanes = jnp.broadcast_to(source(i)[:1], columns[0].shape)
+        taken = [_take_lanes(column, lanes & (LANES - 1)) for column in columns]
+        ordered.append(taken[0] if len(taken) == 1 else jnp.where(lanes < LANES, taken[0], taken[1]))
+    return jnp.concatenate(ordered, axis=1)
+
+
+def _tile_rows(x: Array, rows: int) -> Array:
+    return jnp.concatenate([x] * (rows // x.shape[0]), axis=0)
+
+
+def _pack_rows(even: Array, odd: Array, interpret: bool) -> Array:
+    """Words of which the halves are `even` and `odd` as bfloat16: bitcast to that, they are rows in turn."""
+    if interpret:  # which lacks the instruction
+        rows = jnp.stack([even, odd], axis=1).reshape(2 * even.shape[0], even.shape[1])
+        return pltpu.bitcast(rows.astype(jnp.bfloat16), jnp.int32)
+    return pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16)
+
+
+def _unpack_rows(words: Array, interpret: bool) -> list[Array]:
+    """The even and the odd rows, float32."""
+    if interpret:
+        return [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (words << 16, words & -0x10000)]
+    return [
+        pltpu.unpack_elementwise(words, index=i, packed_dtype=jnp.bfloat16, unpacked_dtype=jnp.float32)
+        for i in range(2)
+    ]
+
+
+def _round_to_bfloat16(x: Array) -> Array:
+    """As a float32; to even. By its bits, as a cast there and back may be optimised away."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    odd = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)) & 1
+    return jax.lax.bitcast_convert_type((bits + 0x7FFF + odd) & -0x10000, jnp.float32)

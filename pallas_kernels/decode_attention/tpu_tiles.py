@@ -1,0 +1,148 @@
+"""Tiles of packed codes as a TPU's matrix unit wants them: bfloat16 in the order in which they unpack for nothing.
+
+A tile is what 8 rows of 128 words hold at 2 bits: 128 tokens, or 256 at a head_dim of 64, where word rows lie side by
+side in pairs (see `kv.quantize`). At 4 bits it takes 16 rows. A shift and two bitwise operations put a field of both
+halves of every word into the mantissas of two bfloat16 numbers `1 + unit · code`; the tokens of a tile then come in the
+order (vreg, field of the half word, word row, half), which keys and values of the same bits share. Whatever else has
+tokens on its lanes follows that order: `token_of_lane` tells it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import BFloat16, Int32
+
+LANES = 128
+SUBLANES = 8
+ROWS_16_BIT = 2 * SUBLANES  # rows of a register of 16-bit numbers
+BFLOAT16_ONE = 0x3F80
+MANTISSA_BITS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How tokens of one head lie in packed tiles.
+
+    Attributes:
+        bits: of a code.
+        group_size: tokens of a key group.
+        head_dim: 64, or a multiple of 128.
+    """
+
+    bits: int
+    group_size: int
+    head_dim: int
+
+    @property
+    def halves(self) -> int:
+        """Word rows side by side in a row of words."""
+        return 2 if self.head_dim == LANES // 2 else 1
+
+    @property
+    def lanes(self) -> int:
+        return self.halves * self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile; a row of lanes holds 128 of them, one of its `halves`."""
+        return LANES * self.halves
+
+    @property
+    def word_rows(self) -> int:
+        """Rows of words of a tile."""
+        return LANES * self.bits // 32
+
+    @property
+    def fields(self) -> int:
+        """Codes in half a word."""
+        return 16 // self.bits
+
+    @property
+    def groups(self) -> int:
+        """Key groups of a tile."""
+        return self.tokens // self.group_size
+
+    @property
+    def unit(self) -> float:
+        """What a step of the code adds to an unpacked number: a power of two."""
+        return 2.0 ** (self._low_bit - MANTISSA_BITS)
+
+    @property
+    def _low_bit(self) -> int:
+        """Of the mantissa, where codes are put: high enough to be exact, and where one field needs no shift."""
+        return 4 if self.bits == 2 else 3
+
+    @property
+    def middle_code(self) -> float:
+        return (2**self.bits - 1) / 2
+
+    @property
+    def middle(self) -> float:
+        """The unpacked number of `middle_code`; products are taken around it, so that rounding errs least."""
+        return 1 + self.unit * self.middle_code
+
+    def unpack(self, words: Int32[Array, "word_rows lanes"]) -> BFloat16[Array, "tile lanes"]:
+        """`1 + unit · code` of a tile's codes."""
+        ones = 0x00010001  # both halves of a word
+        mask = (2**self.bits - 1) << self._low_bit
+        # Codes are stored with their top bit flipped.
+        base = BFLOAT16_ONE | 1 << (self._low_bit + self.bits - 1)
+        unpacked = []
+        for first in range(0, words.shape[0], SUBLANES):
+            rows = words[first : first + SUBLANES]
+            for field in range(self.fields):
+                left = self._low_bit - self.bits * field
+                if left > 0:
+                    shifted = rows << left
+                elif left < 0:
+                    shifted = jax.lax.shift_right_logical(rows, jnp.full_like(rows, -left))
+                else:
+                    shifted = rows
+                unpacked.append(pltpu.bitcast((shifted & ones * mask) ^ ones * base, jnp.bfloat16))
+        return jnp.concatenate(unpacked, axis=0)
+
+    def token_of_lane(self, half: int) -> Int32[Array, "sublanes lanes"]:
+        """The tile's token on each lane of its unpacked order, the same for all 8 sublanes."""
+        # lane = (vreg · fields + field) · 16 + 2 · row + of_word, where `fields` is a power of two
+        lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+        of_word = lane & 1
+        row = (lane >> 1) & (SUBLANES - 1)
+        field = (lane >> 4) & (self.fields - 1)
+        vreg = lane >> (4 + self._field_bits)
+        word_row = self.halves * (vreg * SUBLANES + row) + half
+        return word_row * (2 * self.fields) + of_word * self.fields + field
+
+    def lane_of_token(self, token: Int32[Array, "..."]) -> Int32[Array, "..."]:
+        """Where a token of a tile is in the unpacked order, in which the second half follows the first."""
+        field = token & (self.fields - 1)
+        of_word = (token >> self._field_bits) & 1
+        word_row = token >> (self._field_bits + 1)
+        half = word_row & (self.halves - 1)
+        row = word_row >> (self.halves - 1)
+        register = (row >> 3) * self.fields + field
+        return half * LANES + register * ROWS_16_BIT + 2 * (row & (SUBLANES - 1)) + of_word
+
+    @property
+    def _field_bits(self) -> int:
+        return self.fields.bit_length() - 1
+
+    def group_of_lane(self) -> Int32[Array, "sublanes lanes"]:
+        """The tile's key group on each lane; the same for both halves, which share every group."""
+        return self.token_of_lane(0) >> (self.group_size.bit_length() - 1)
+
+    @property
+    def scale_repeats(self) -> int:
+        """Consecutive rows of an unpacked register that share a group's scale."""
+        return 2 * min(self._rows_of_group, SUBLANES)
+
+    def group_of_register(self, register: int) -> int:
+        """The tile's key group that the first rows of an unpacked register belong to."""
+        return register // self.fields * SUBLANES // self._rows_of_group
+
+    @property
+    def _rows_of_group(self) -> int:
+        """Rows of words that hold the tokens of a key group."""
+        return self.group_size // (2 * self.fields * self.halves)

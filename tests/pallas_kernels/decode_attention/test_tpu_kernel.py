@@ -1,0 +1,224 @@
+"""The TPU kernel, interpreted, against a float64 softmax over what the same codes decode to.
+
+Rows of one batch lie around every edge: of the ring, of a chunk of the main loop, of a grid step and of what the
+layer can hold; one is empty, as rows that have ended are.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from kivi_jax import KVState
+from kivi_jax.kv import KVConfig
+from kivi_jax.kv.config import PRESETS
+from kivi_jax.kv.state import empty_state
+from kivi_jax.pallas_kernels.decode_attention import tpu, tpu_plan
+from tests.dequantized import decode_state
+
+KIVI2 = PRESETS["kivi2"]
+# Rounding of the queries' and the probabilities' products with scales to bfloat16 leaves about 3e-6.
+NMSE = 1e-5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def one_head_at_a_time(monkeypatch):
+    """Compiles in a fraction of the time that as many heads take as a TPU is given."""
+    monkeypatch.setattr(tpu_plan, "UNIT", 1)
+
+
+def stored(config, heads, head_dim, lengths, capacity, sliding_window=None):
+    """A layer with random tokens, whose channels have means of their own, and a state of it for the oracle."""
+    generator = np.random.default_rng(0)
+    k, v = generator.standard_normal((2, len(lengths), capacity, heads, head_dim))
+    k += 2 * generator.standard_normal(head_dim)
+    v += generator.standard_normal(head_dim)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    empty = empty_state(
+        1, len(lengths), heads, capacity, head_dim, config, jnp.bfloat16, [sliding_window]
+    ).layers[0]
+    layer = jax.jit(lambda *kv: empty.store_prompt(*kv, lengths))(*(x.astype(jnp.bfloat16) for x in (k, v)))
+    as_float32 = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, layer)
+    return layer, KVState(lengths, (as_float32,), config, capacity)
+
+
+def oracle(q, k, v, state, sliding_window=None, slopes=None):
+    ((stored_k, stored_v),) = decode_state(state)
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    shared = q.shape[1] // k.shape[1]
+    outs = np.empty_like(q)
+    for row, length in enumerate(np.asarray(state.lengths)):
+        oldest = 0 if sliding_window is None else max(length + 1 - sliding_window, 0)
+        tokens = np.arange(oldest, length + 1)
+        for head in range(q.shape[1]):
+            of = head // shared
+            keys = np.concatenate([stored_k[row, of, oldest:length], k[row, of, None]])
+            values = np.concatenate([stored_v[row, of, oldest:length], v[row, of, None]])
+            scores = keys @ q[row, head]
+            if slopes is not None:
+                slope, places = (np.asarray(x).astype(ml_dtypes.bfloat16) for x in (slopes[head], tokens))
+                scores = scores + (slope * places).astype(np.float64)
+            weights = np.exp((scores - scores.max()) / q.shape[-1] ** 0.5)
+            outs[row, head] = weights / weights.sum() @ values
+    return outs
+
+
+def check(
+    config, query_heads, heads, head_dim, lengths, capacity, sliding_window=None, slopes=None, **options
+):
+    layer, state = stored(config, heads, head_dim, lengths, capacity, sliding_window)
+    generator = np.random.default_rng(1)
+    q = jnp.asarray(generator.standard_normal((len(lengths), query_heads, head_dim)), jnp.bfloat16)
+    k, v = jnp.asarray(generator.standard_normal((2, len(lengths), heads, head_dim)), jnp.bfloat16)
+    attend = jax.jit(lambda *args: tpu.decode_attention(*args, slopes, interpret=True, **options))
+    out = np.asarray(attend(q, k, v, layer, state.lengths), np.float64)
+    expected = oracle(q, k, v, state, sliding_window, slopes)
+    for row, length in enumerate(lengths):
+        error = ((out[row] - expected[row]) ** 2).sum() / (expected[row] ** 2).sum()
+        assert error <= NMSE, f"row of {length} tokens: normalised MSE {error:.1e}"
+
+
+def edges(residual, block, capacity):
+    """Lengths on both sides of every edge."""
+    around = [edge + i for edge in (residual, residual + block) for i in (-1, 0, 1)]
+    return [0, 1, *around, capacity - 1]
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "heads", "head_dim"),
+    [(32, 32, 128), (32, 8, 128), (64, 8, 128), (71, 1, 64), (8, 4, 256)],
+)
+def test_shapes(query_heads, heads, head_dim, request):
+    """A capacity of three blocks and a part of a fourth."""
+    if heads == 4 or query_heads == 64:  # the others have as many heads at a time as a TPU is given
+        request.getfixturevalue("one_head_at_a_time")
+    check(KIVI2, query_heads, heads, head_dim, [*edges(128, 512, 1700), 1200], capacity=1700)
+
+
+@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize(
+    ("config", "head_dim"),
+    [
+        (PRESETS["kivi4"], 64),
+        (PRESETS["kivi4"], 128),
+        (PRESETS["kivi-k4v2"], 64),
+        (PRESETS["kivi-k2v4"], 128),
+        (KVConfig(2, 2, group_size=64, residual_length=64), 64),
+        (KVConfig(4, 2, group_size=64, residual_length=128), 128),
+        (KVConfig(2, 2, group_size=128, residual_length=128), 128),
+        (KVConfig(2, 2, group_size=32, residual_length=96), 128),
+        (KVConfig(2, 2, group_size=32, residual_length=256), 64),
+    ],
+    ids=str,
+)
+def test_configs(config, head_dim):
+    block = 16 * config.group_size
+    lengths = edges(config.residual_length, block, block + 320)
+    check(config, 4, 2, head_dim, lengths, capacity=block + 320)
+
+
+@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize("config", [KIVI2, PRESETS["kivi-k4v2"]], ids=str)
+def test_keys_scaled_in_bfloat16(monkeypatch, config):
+    """As on chips whose vector units compute in it."""
+    monkeypatch.setattr(tpu_plan, "_chip", lambda: (6, 1))
+    check(config, 8, 2, 128, edges(128, 512, 900), capacity=900)
+    check(config, 20, 1, 64, [3, 500], capacity=600)
+
+
+def test_steps_of_several_chunks(monkeypatch):
+    """And of one KV head of two, as where two cores share a grid."""
+    monkeypatch.setattr(tpu_plan, "_chip", lambda: (4, 2))
+    layer, _ = stored(KIVI2, 2, 128, [1], 4500)
+    plan = tpu_plan.make_plan(layer, 4, 2, alibi=False)
+    assert plan.block > plan.chunk
+    assert plan.heads == 1
+    check(KIVI2, 8, 2, 128, [4499, plan.block + 129, 2 * plan.block + 127, 0], capacity=4500)
+
+
+@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize(("window", "sinks"), [(20, 0), (128, 5), (300, 0), (5000, 5)])
+def test_sliding_windows_and_sinks(window, sinks):
+    """Blocks of windowed layers are a ring, here of up to 10 blocks, which a row of 990 tokens has been around."""
+    config = KVConfig(2, 2, group_size=32, residual_length=32, sink_tokens=sinks)
+    lengths = [0, 3, 31, 32, 33, window, window + 1, window + 40, 640, 990]
+    check(config, 4, 2, 128, [min(x, 990) for x in lengths], capacity=1000, sliding_window=window)
+
+
+@pytest.mark.usefixtures("one_head_at_a_time")
+def test_sinks():
+    config = dataclasses.replace(KIVI2, sink_tokens=4)
+    check(config, 8, 2, 128, [0, 2, 4, 127, 129, 500, 700], capacity=720)
+
+
+@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(8, 2, 128), (20, 1, 64)])
+def test_position_biases(query_heads, heads, head_dim):
+    slopes = tuple(2.0 ** (-8 * (i + 1) / query_heads) for i in range(query_heads))
+    check(KIVI2, query_heads, heads, head_dim, [0, 1, 127, 300, 1021], capacity=1100, slopes=slopes)
+
+
+@pytest.mark.usefixtures("one_head_at_a_time")
+def test_queries_of_some_kv_heads():
+    layer, state = stored(KIVI2, 8, 128, [0, 300, 129], 400)
+    generator = np.random.default_rng(1)
+    q = jnp.asarray(generator.standard_normal((3, 16, 128)), jnp.bfloat16)
+    k, v = jnp.asarray(generator.standard_normal((2, 3, 8, 128)), jnp.bfloat16)
+    expected = oracle(q, k, v, state)
+
+    @jax.jit
+    def attend(q, first):
+        return tpu.decode_attention(
+            q, k, v, layer, state.lengths, kv_heads=2, first_kv_head=first, interpret=True
+        )
+
+    for first in (0, 2, 6):
+        heads = slice(2 * first, 2 * first + 4)
+        out = np.asarray(attend(q[:, heads], first), np.float64)
+        assert ((out - expected[:, heads]) ** 2).sum() <= NMSE * (expected[:, heads] ** 2).sum()
+
+
+@pytest.mark.usefixtures("one_head_at_a_time")
+def test_places_without_tokens_may_hold_anything():
+    """Scales beyond a row's tokens are not numbers here, and codes any."""
+    layer, state = stored(KIVI2, 2, 128, [200, 500], 600)
+    beyond = jnp.arange(layer.v_scale.shape[3]) >= jnp.asarray([128, 384])[:, None]
+    poisoned = dataclasses.replace(
+        layer,
+        v_scale=jnp.where(beyond[:, None, None], jnp.nan, layer.v_scale),
+        v_zero=jnp.where(beyond[:, None, None], jnp.nan, layer.v_zero),
+        k_scale=jnp.where(beyond[:, None, ::32, None], jnp.nan, layer.k_scale),
+        k_zero=jnp.where(beyond[:, None, ::32, None], jnp.nan, layer.k_zero),
+    )
+    q = jnp.ones((2, 4, 128), jnp.bfloat16)
+    k = v = jnp.ones((2, 2, 128), jnp.bfloat16)
+    attend = jax.jit(lambda layer: tpu.decode_attention(q, k, v, layer, state.lengths, interpret=True))
+    np.testing.assert_array_equal(attend(poisoned), attend(layer))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 96}, "head_dim of 64, 128 or 256, not 96"),
+        ({"dtype": jnp.float32}, "bfloat16, not queries of float32"),
+        ({"config": PRESETS["bf16"]}, "quantized layers only"),
+    ],
+)
+def test_what_it_does_not_cover(change, message):
+    settings = {"head_dim": 128, "dtype": jnp.bfloat16, "config": KIVI2} | change
+    head_dim, dtype, config = settings.values()
+    (layer,) = empty_state(1, 1, 2, 256, head_dim, config, dtype).layers
+    x = jnp.zeros((1, 2, head_dim), dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        tpu.decode_attention(x, x, x, layer, jnp.zeros(1, jnp.int32))
