@@ -1,7 +1,8 @@
 """Attention of a whole prompt, of a chunk and of one new token: picks an implementation, computes nothing itself."""
 
-from collections.abc import Sequence
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Float
 
-from kivi_jax.pallas_kernels.alibi import alibi_bias
+from kivi_jax.pallas_kernels.alibi import Slopes, alibi_bias
 from kivi_jax.pallas_kernels.decode_attention.api import chunk_attention, decode_attention
 
 __all__ = ["chunk_attention", "decode_attention", "prefill_attention"]
@@ -25,7 +26,7 @@ def prefill_attention(
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H D"],
     sliding_window: int | None = None,
-    alibi_slopes: Sequence[float] | None = None,
+    alibi_slopes: Slopes | None = None,
     implementation: PrefillImplementation = "auto",
     interpret: bool = False,
 ) -> Float[Array, "B T Hq D"]:
@@ -34,10 +35,18 @@ def prefill_attention(
     A token attends the newest `sliding_window` tokens, itself included, or all; `alibi_slopes` are those of
     `alibi_bias`, which only `xla` takes. `cudnn` needs 16-bit activations and head_dim ≤ 128 on an NVIDIA GPU, `splash`
     a T that is a multiple of 128 on a TPU (`interpret` runs it elsewhere, slowly). `auto` takes the device's own where
-    it can, else `xla`.
+    it can, else `xla`. On several devices it must run inside a `jax.shard_map`.
     """
     if implementation == "auto":
-        implementation = "xla" if alibi_slopes is not None else _best_implementation(q)
+        options: dict[str, Any] = {"sliding_window": sliding_window, "alibi_slopes": alibi_slopes}
+        fallback: Callable[..., Array] = functools.partial(
+            prefill_attention, **options, implementation="cudnn" if _suits_cudnn(q, alibi_slopes) else "xla"
+        )
+        if alibi_slopes is not None or q.shape[1] % 128:
+            return fallback(q, k, v)
+        # For the platform that the program is compiled for, which need not be the one it is traced on.
+        splash = functools.partial(prefill_attention, **options, implementation="splash")
+        return jax.lax.platform_dependent(q, k, v, tpu=splash, default=fallback)
     if implementation == "xla":
         return _chunked_attention(q, k, v, sliding_window, alibi_slopes)
     if implementation not in ("cudnn", "splash"):
@@ -52,14 +61,10 @@ def prefill_attention(
     )
 
 
-def _best_implementation(q: Array) -> PrefillImplementation:
-    _, length, _, head_dim = q.shape
-    backend = jax.default_backend()
-    if backend == "tpu" and length % 128 == 0:
-        return "splash"
-    if backend == "gpu" and q.dtype.itemsize == 2 and head_dim <= 128 and head_dim % 8 == 0:
-        return "cudnn"
-    return "xla"
+def _suits_cudnn(q: Array, alibi_slopes: Slopes | None) -> bool:
+    head_dim = q.shape[-1]
+    suits = q.dtype.itemsize == 2 and head_dim <= 128 and head_dim % 8 == 0 and alibi_slopes is None
+    return suits and jax.default_backend() == "gpu"
 
 
 def _chunked_attention(
@@ -67,7 +72,7 @@ def _chunked_attention(
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H D"],
     sliding_window: int | None,
-    alibi_slopes: Sequence[float] | None,
+    alibi_slopes: Slopes | None,
 ) -> Float[Array, "B T Hq D"]:
     if q.dtype == jnp.float16:  # CPUs and TPUs have no float16 products with float32 sums
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))

@@ -7,25 +7,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from kivi_jax.attention import chunk_attention, decode_attention, prefill_attention
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.kv.state import KVState, Layer, advance, empty_state
 from kivi_jax.models.layers import Attend
 from kivi_jax.models.registry import Params
+from kivi_jax.partition import Heads, Partition, empty_state_on_mesh
 from kivi_jax.sampling import Sampler
+
+# Prompt tokens that `prefill` runs at a time, in whole rows: enough to keep any accelerator's multipliers busy for the
+# weights that each pass reads, few enough that activations are small beside weights and state.
+PREFILL_TOKENS = 4096
 
 
 def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "kivi2") -> KVState:
-    """An empty KV state for `batch` rows of up to `capacity` tokens.
+    """An empty KV state for `batch` rows of up to `capacity` tokens, on the mesh of `params` if there is one.
 
     Raises:
         ValueError: `kv` is unknown or does not fit the model, or `batch` or `capacity` is not positive.
     """
     model = params.config
     config = resolve_kv(kv, model.head_dim, model.num_layers)
-    return empty_state(
+    shape = (
         model.num_layers,
         batch,
         model.num_kv_heads,
@@ -35,6 +40,9 @@ def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "
         params.dtype,
         model.sliding_windows,
     )
+    if params.mesh is None:
+        return empty_state(*shape)
+    return empty_state_on_mesh(Partition.of(model, params.mesh, batch), *shape)
 
 
 @jax.jit
@@ -56,13 +64,48 @@ def prefill(
         ValueError: the shapes of `tokens`, `lengths` and `state` don't fit together.
     """
     _check_chunk(tokens, lengths, state)
-    slopes = params.config.alibi_slopes
+    partition = Partition.of(params.config, params.mesh, lengths.size)
+    tokens, lengths = partition.place((tokens, lengths))
+    devices, rows = partition.row_devices, lengths.size // partition.row_devices
+    groups = -(-rows // max(PREFILL_TOKENS // tokens.shape[1], 1))
+    size = -(-rows // groups)
 
-    def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
-        out = prefill_attention(q, k, v, layer.sliding_window, slopes)
-        return out, layer.store_prompt(k, v, lengths)
+    def attend_and_store(
+        heads: Heads, q: Array, k: Array, v: Array, layer: Layer, lengths: Array, starts: Array
+    ) -> tuple[Array, Layer]:
+        out = prefill_attention(q, heads.of(k), heads.of(v), layer.sliding_window, heads.alibi_slopes)
+        layer = layer.store_prompt(k, v, lengths, starts[0])
+        # The model goes on once all is stored: XLA would else keep every layer's keys and values until the end.
+        stored = jnp.ones_like(lengths, bool)
+        for array in jax.tree.leaves(layer):
+            stored = after(stored, jax.lax.dynamic_slice_in_dim(array[:, 0, 0, 0], starts[0], lengths.size))
+        return jnp.where(stored[:, None, None, None], out, jnp.nan), layer
 
-    logits, layers = _run_chunk(params, tokens, jnp.zeros_like(lengths), lengths, state, attend)
+    def run(i: Array, carry: tuple[Array, tuple[Layer, ...]]) -> tuple[Array, tuple[Layer, ...]]:
+        """Group i: as many rows of each device that the batch is split over."""
+        logits, layers = carry
+        start = jnp.minimum(i * size, rows - size)  # the last group starts early
+        group_tokens, group_lengths = partition.place(
+            tuple(
+                jax.lax.dynamic_slice_in_dim(x.reshape(devices, rows, -1), start, size, axis=1).reshape(
+                    devices * size, *x.shape[1:]
+                )
+                for x in (tokens, lengths)
+            )
+        )
+
+        def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
+            starts = jnp.full_like(group_lengths, start)
+            return partition.attend(attend_and_store, q, k, v, layer, group_lengths, starts)
+
+        zeros = jnp.zeros_like(group_lengths)
+        new, layers = _run_chunk(params, group_tokens, zeros, group_lengths, layers, attend)
+        new = new.reshape(devices, size, -1)
+        return jax.lax.dynamic_update_slice_in_dim(logits, new, start, axis=1), layers
+
+    logits = jnp.zeros((devices, rows, params.config.vocab_size), jnp.float32)
+    logits, layers = jax.lax.fori_loop(0, groups, run, (logits, state.layers))
+    logits = logits.reshape(lengths.size, -1)
     return logits, dataclasses.replace(state, lengths=lengths.astype(jnp.int32), layers=layers)
 
 
@@ -88,14 +131,20 @@ def extend(
         ValueError: the shapes of `tokens`, `lengths` and `state` don't fit together.
     """
     _check_chunk(tokens, lengths, state)
-    slopes = params.config.alibi_slopes
+    partition = Partition.of(params.config, params.mesh, lengths.size)
+    tokens, lengths = partition.place((tokens, lengths))
+
+    def attend_and_store(
+        heads: Heads, q: Array, k: Array, v: Array, layer: Layer, stored: Array, lengths: Array
+    ) -> tuple[Array, Layer]:
+        out = chunk_attention(q, k, v, layer, stored, **heads._asdict())
+        counts = jnp.where(after(lengths > 0, out), lengths, 0)
+        return out, layer.append_chunk(k, v, stored, counts)
 
     def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
-        out = chunk_attention(q, k, v, layer, state.lengths, slopes)
-        counts = jnp.where(after(lengths > 0, out), lengths, 0)
-        return out, layer.append_chunk(k, v, state.lengths, counts)
+        return partition.attend(attend_and_store, q, k, v, layer, state.lengths, lengths)
 
-    logits, layers = _run_chunk(params, tokens, state.lengths, lengths, state, attend)
+    logits, layers = _run_chunk(params, tokens, state.lengths, lengths, state.layers, attend)
     counts = jnp.where(after(lengths > 0, logits), lengths, 0)
     return logits, dataclasses.replace(state, lengths=state.lengths + counts, layers=layers)
 
@@ -116,7 +165,7 @@ def _run_chunk(
     tokens: Int[Array, "B T"],
     starts: Int[Array, " B"],
     counts: Int[Array, " B"],
-    state: KVState,
+    layers: tuple[Layer, ...],
     attend: Attend,
 ) -> tuple[Float[Array, "B vocab"], tuple[Layer, ...]]:
     """Logits of each row's last real token, and the layers as `attend` left them."""
@@ -124,7 +173,7 @@ def _run_chunk(
     # Padding repeats the last position, so that the largest one tells a row's length (dynamic RoPE depends on it).
     positions = starts[:, None] + jnp.minimum(jnp.arange(tokens.shape[1]), last)
     model = params.model()
-    hidden, layers = model(tokens, positions, state.layers, attend)
+    hidden, layers = model(tokens, positions, layers, attend)
     return model.logits(jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]), layers
 
 
@@ -155,26 +204,35 @@ def decode_step(
         raise ValueError(f"tokens, state.lengths and active must be one number a row, got shapes {shapes}")
     if active is None:
         active = jnp.ones(tokens.shape, bool)
-    attended_lengths = jnp.where(active, state.lengths, 0)  # rows that have ended must not cost reads
+    partition = Partition.of(params.config, params.mesh, tokens.size)
+    tokens, active = partition.place((tokens, active))
+
+    def attend_and_store(
+        heads: Heads, q: Array, k: Array, v: Array, layer: Layer, lengths: Array, active: Array
+    ) -> tuple[Array, Layer]:
+        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        attended = jnp.where(active, lengths, 0)  # rows that have ended must not cost reads
+        out = decode_attention(
+            q, k, v, layer, attended, implementation=params.decode_attention, **heads._asdict()
+        )
+        return out[:, None], layer.append_token(k, v, lengths, after(active, out))
 
     def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
-        q, k, v = q[:, 0], k[:, 0], v[:, 0]
-        out = decode_attention(q, k, v, layer, attended_lengths, params.config.alibi_slopes)
-        return out[:, None], layer.append_token(k, v, state.lengths, after(active, out))
+        return partition.attend(attend_and_store, q, k, v, layer, state.lengths, active)
 
     model = params.model()
     hidden, layers = model(tokens[:, None], state.lengths[:, None], state.layers, attend)
-    state = advance(dataclasses.replace(state, layers=layers), after(active, hidden))
+    state = partition.update(advance, dataclasses.replace(state, layers=layers), after(active, hidden))
     return model.logits(hidden[:, 0]), state
 
 
-def after(mask: Bool[Array, " B"], computed: Float[Array, "B ..."]) -> Bool[Array, " B"]:
+def after(mask: Bool[Array, " B"], computed: Num[Array, "B ..."]) -> Bool[Array, " B"]:
     """`mask`, but known only once `computed` is: XLA updates an array in place only after reads that the update
     depends on, and copies it for the others.
 
     The dependency has to survive simplification, so rows where `computed` is not a number are left out.
     """
-    first = computed.reshape(computed.shape[0], -1)[:, 0]
+    first = computed.reshape(computed.shape[0], -1)[:, 0].astype(jnp.float32)
     return mask & (first == first)
 
 
@@ -246,7 +304,12 @@ def start_decoding(
         logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32) if logprobs else None,
         seen=seen,
     )
-    return _take_token(decoding, logits, end_tokens, sampler)
+    return _place(params, _take_token(decoding, logits, end_tokens, sampler))
+
+
+def _place(params: Params, decoding: Decoding) -> Decoding:
+    """On a mesh always in the same places, so that the loop is compiled once and its state stays split."""
+    return Partition.of(params.config, params.mesh, decoding.active.size).place(decoding)
 
 
 def _prefill_in_chunks(
@@ -289,7 +352,7 @@ def continue_decoding(
         logits, state = decode_step(params, decoding.last, decoding.state, decoding.active)
         return _take_token(dataclasses.replace(decoding, state=state), logits, end_tokens, sampler)
 
-    return jax.lax.while_loop(unfinished, step, decoding)
+    return _place(params, jax.lax.while_loop(unfinished, step, decoding))
 
 
 def _take_token(

@@ -11,6 +11,7 @@ import numpy as np
 from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.models.registry import Params
+from kivi_jax.models.sharding import DATA_AXIS
 from kivi_jax.sampling import Sampler, make_sampler
 from kivi_jax.text import (
     CONTEXT_TOKENS,
@@ -153,7 +154,8 @@ def stream(
         )
     if not ids:
         return iter([[]])
-    batch = PromptBatch.pad(ids, max_new_tokens, n or 1)
+    devices = 1 if params.mesh is None else params.mesh.shape.get(DATA_AXIS, 1)
+    batch = PromptBatch.pad(ids, max_new_tokens, n or 1, devices)
     readers = [
         CompletionReader(
             () if is_conversation(prompt) else tokens[-CONTEXT_TOKENS:],
@@ -249,14 +251,17 @@ class PromptBatch:
     capacity: int
 
     @classmethod
-    def pad(cls, ids: Sequence[Sequence[int]], max_new_tokens: int, n: int = 1) -> "PromptBatch":
+    def pad(
+        cls, ids: Sequence[Sequence[int]], max_new_tokens: int, n: int = 1, devices: int = 1
+    ) -> "PromptBatch":
+        """`n` samples of prompts that are split over `devices`, each of which gets as many rows as the others."""
         longest = max(map(len, ids))
-        tokens = np.zeros((_bucket(len(ids)), _bucket(longest, least=16)), np.int32)
+        tokens = np.zeros((_bucket(-(-len(ids) // devices)) * devices, _bucket(longest, least=16)), np.int32)
         lengths = np.ones(len(tokens), np.int32)
         for row, prompt in enumerate(ids):
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
-        rows = np.arange(_bucket(len(ids) * n), dtype=np.int32)
+        rows = np.arange(_bucket(-(-len(ids) * n // devices)) * devices, dtype=np.int32)
         prompt_rows = np.minimum(rows // n, len(tokens) - 1)
         return cls(tokens, lengths, prompt_rows, rows % n, _bucket(longest + max_new_tokens, least=16))
 

@@ -39,8 +39,8 @@ def load(
             cache; or `"demo"`.
         dtype: of the weights and activations: "bfloat16", "float16" or "float32".
         revision: branch, tag or commit of a Hub repository; its main branch by default.
-        mesh: devices with an axis named "model" to split the weights over (`models/sharding.py`); other axes hold
-            copies. By default all is on one device.
+        mesh: devices with an axis named "model" to split the weights and the KV heads over (`models/sharding.py`), and
+            maybe one named "data" to split batches over; other axes hold copies. By default all is on one device.
 
     Raises:
         FileNotFoundError: no such folder or repository.
@@ -72,6 +72,7 @@ def load(
         if any((folder / file).exists() for file in TOKENIZER_FILES)
         else None,
         sampling_defaults=sampling,
+        mesh=mesh,
     )
 
 

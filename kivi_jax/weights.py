@@ -37,11 +37,7 @@ def read_weights(
     Raises:
         CheckpointError: as `load`.
     """
-    _, shapes = abstract_model(model_type, config, dtype)
-    expected = {}
-    for path, leaf in flat(shapes).items():
-        sharding = None if mesh is None else parameter_sharding(path, leaf.shape, config, mesh)
-        expected[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    expected = abstract_weights(model_type, config, dtype, mesh)
     if (folder / ORBAX_FOLDER).is_dir():
         arrays = _read_orbax(folder, expected)
     else:
@@ -59,6 +55,18 @@ def read_weights(
         for path, array in arrays:
             weights[path] = array.block_until_ready()  # or the host might hold many that are under way
             progress.update(array.nbytes)
+    return weights
+
+
+def abstract_weights(
+    model_type: str, config: Any, dtype: Any, mesh: Mesh | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape, dtype and, on a mesh, sharding of every parameter of a model by its path."""
+    _, shapes = abstract_model(model_type, config, dtype)
+    weights = {}
+    for path, leaf in flat(shapes).items():
+        sharding = None if mesh is None else parameter_sharding(path, leaf.shape, config, mesh)
+        weights[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return weights
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from kivi_jax.models import falcon, llama, mistral, qwen
+from kivi_jax.pallas_kernels.decode_attention.api import Implementation
 
 Config = llama.LlamaConfig | falcon.FalconConfig
 Model = llama.Llama | falcon.Falcon
@@ -51,7 +53,15 @@ FAMILIES = {
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights"],
-    meta_fields=["model_type", "config", "end_tokens", "tokenizer", "sampling_defaults"],
+    meta_fields=[
+        "model_type",
+        "config",
+        "end_tokens",
+        "tokenizer",
+        "sampling_defaults",
+        "mesh",
+        "decode_attention",
+    ],
 )
 @dataclasses.dataclass(frozen=True)
 class Params:
@@ -64,6 +74,9 @@ class Params:
         end_tokens: the ids that end a completion.
         tokenizer: the folder with the tokenizer's files, if there is one.
         sampling_defaults: `sampling` as pairs, which can be hashed.
+        mesh: the devices that the weights are split over and the KV state will be; None for a single one.
+        decode_attention: which implementation of it decodes; `dataclasses.replace(params, decode_attention="xla")`
+            keeps a TPU from running its kernel.
     """
 
     weights: Any
@@ -72,6 +85,8 @@ class Params:
     end_tokens: tuple[int, ...] = ()
     tokenizer: str | None = None
     sampling_defaults: tuple[tuple[str, int | float], ...] = ()
+    mesh: Mesh | None = None
+    decode_attention: Implementation = "auto"
 
     @property
     def sampling(self) -> dict[str, Any]:

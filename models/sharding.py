@@ -9,8 +9,9 @@ from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXIS = "model"
-_OUTPUTS, _INPUTS = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
+MODEL_AXIS = "model"
+DATA_AXIS = "data"  # of the batch, where a mesh has it
+_OUTPUTS, _INPUTS = PartitionSpec(MODEL_AXIS), PartitionSpec(None, MODEL_AXIS)
 # Parameter path, how it is split, and the field of the configuration that counts the pieces it may be cut into: heads
 # stay whole. None: any.
 SPLITS = (
@@ -27,8 +28,8 @@ def parameter_sharding(path: str, shape: tuple[int, ...], config: Any, mesh: Mes
     """The sharding of the parameter at `path`; one that does not divide evenly is copied to every device."""
     for pattern, split, unit in SPLITS:
         if re.fullmatch(pattern, path):
-            pieces = getattr(config, unit) if unit else shape[split.index(AXIS)]
-            if pieces % mesh.shape[AXIS] == 0:
+            pieces = getattr(config, unit) if unit else shape[split.index(MODEL_AXIS)]
+            if pieces % mesh.shape[MODEL_AXIS] == 0:
                 return NamedSharding(mesh, split)
     return NamedSharding(mesh, PartitionSpec())
 
@@ -39,6 +40,6 @@ def tensor_parallel_mesh(mesh: Mesh) -> Mesh:
     Raises:
         ValueError: there is no axis "model".
     """
-    if AXIS not in mesh.axis_names:
-        raise ValueError(f"mesh must have an axis named {AXIS!r}, got {mesh.axis_names}")
+    if MODEL_AXIS not in mesh.axis_names:
+        raise ValueError(f"mesh must have an axis named {MODEL_AXIS!r}, got {mesh.axis_names}")
     return Mesh(mesh.devices, mesh.axis_names)

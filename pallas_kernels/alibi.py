@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+Slopes = Sequence[float] | Float[Array, " Hq"]
 
-def alibi_bias(
-    slopes: Sequence[float], tokens: Int[Array, "*batch T"], head_dim: int
-) -> Float[Array, "*batch Hq T"]:
+
+def alibi_bias(slopes: Slopes, tokens: Int[Array, "*batch T"], head_dim: int) -> Float[Array, "*batch Hq T"]:
     """What is added to the scaled scores of the keys of `tokens`, one slope a query head, float32.
 
     As Falcon was trained, slope, position and product are rounded to bfloat16, and the product is scaled by 1/√D like

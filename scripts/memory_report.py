@@ -1,4 +1,4 @@
-"""Compiled memory of the decode loop of a Llama-shaped model: no weights needed, and the same figures every time.
+"""Compiled memory of the decode loop of a model's shape: no weights needed, and the same figures every time.
 
     python scripts/memory_report.py --batch 16
     python scripts/memory_report.py --model llama-2-7b --dtype bfloat16 --batch 16 --topology v5p:2x2x1
@@ -19,8 +19,9 @@ from jax.sharding import SingleDeviceSharding
 
 import kivi_jax
 from kivi_jax.decoding import Decoding, continue_decoding
+from kivi_jax.models.falcon import FalconConfig
 from kivi_jax.models.llama import LlamaConfig
-from kivi_jax.models.registry import abstract_model
+from kivi_jax.models.registry import Config, abstract_model
 from kivi_jax.sampling import Greedy
 
 MODELS = {
@@ -46,6 +47,27 @@ MODELS = {
         head_dim=128,
         max_positions=4096,
     ),
+    "llama-2-13b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=40,
+        head_dim=128,
+        max_positions=4096,
+    ),
+    "mistral-7b": LlamaConfig(  # v0.3, which has no sliding window
+        vocab_size=32768,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_positions=32768,
+        rope_theta=1000000.0,
+    ),
     "llama-3-8b": LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -57,7 +79,20 @@ MODELS = {
         max_positions=8192,
         rope_theta=500000.0,
     ),
+    "falcon-7b": FalconConfig(
+        vocab_size=65024,
+        hidden_size=4544,
+        intermediate_size=18176,
+        num_layers=32,
+        num_heads=71,
+        num_kv_heads=1,
+        max_positions=2048,
+    ),
 }
+
+
+def model_type(config: Config) -> str:
+    return "falcon" if isinstance(config, FalconConfig) else "llama"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +106,7 @@ class LoopMemory:
 
 
 def decode_loop_memory(
-    config: LlamaConfig, kv: str, batch: int, capacity: int, dtype: str, topology: str | None = None
+    config: Config, kv: str, batch: int, capacity: int, dtype: str, topology: str | None = None
 ) -> LoopMemory:
     """Compiles the decode loop for these shapes and asks XLA for its memory.
 
@@ -83,8 +118,8 @@ def decode_loop_memory(
         dtype: of weights and activations.
         topology: a TPU topology, such as "v5e:2x2", to compile for one chip of; None for the devices that are there.
     """
-    _, weights = abstract_model("llama", config, jnp.dtype(dtype))
-    params = kivi_jax.Params(jax.tree.map(abstract, weights), "llama", config)
+    _, weights = abstract_model(model_type(config), config, jnp.dtype(dtype))
+    params = kivi_jax.Params(jax.tree.map(abstract, weights), model_type(config), config)
     state = jax.eval_shape(lambda: kivi_jax.init_state(params, batch, capacity, kv))
     decoding = Decoding(
         state=state,

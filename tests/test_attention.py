@@ -69,16 +69,25 @@ def test_no_matrix_of_all_scores():
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "length", "head_dim", "expected"),
+    ("length", "slopes", "kernels"), [(512, None, 1), (96, None, 0), (512, (0.5, 0.5), 0)]
+)
+def test_auto_is_splash_in_programs_for_a_tpu(length, slopes, kernels):
+    q = jnp.zeros((1, length, 2, 128), jnp.bfloat16)
+    traced = jax.jit(prefill_attention, static_argnums=(3, 4)).trace(q, q, q, None, slopes)
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == kernels
+    assert "@tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "head_dim", "slopes", "expected"),
     [
-        ("cpu", jnp.bfloat16, 512, 128, "xla"),
-        ("tpu", jnp.bfloat16, 512, 128, "splash"),
-        ("tpu", jnp.bfloat16, 96, 128, "xla"),
-        ("gpu", jnp.bfloat16, 512, 128, "cudnn"),
-        ("gpu", jnp.float32, 512, 128, "xla"),
-        ("gpu", jnp.bfloat16, 512, 256, "xla"),
+        ("gpu", jnp.bfloat16, 128, None, True),
+        ("gpu", jnp.bfloat16, 128, (1.0, 1.0), False),
+        ("gpu", jnp.float32, 128, None, False),
+        ("gpu", jnp.bfloat16, 256, None, False),
+        ("cpu", jnp.bfloat16, 128, None, False),
     ],
 )
-def test_auto_takes_what_the_device_and_shapes_allow(monkeypatch, backend, dtype, length, head_dim, expected):
+def test_auto_takes_cudnn_where_it_can(monkeypatch, backend, dtype, head_dim, slopes, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert attention._best_implementation(jnp.zeros((1, length, 2, head_dim), dtype)) == expected
+    assert attention._suits_cudnn(jnp.zeros((1, 512, 2, head_dim), dtype), slopes) == expected

@@ -5,9 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Float, Int
 
 from kivi_jax.kv.quantize import Quantized
+
+TILE_ROWS, TILE_LANES = 8, 128
 
 
 def newest_in_ring(lengths: Int[Array, " B"], size: int) -> Int[Array, "B size"]:
@@ -26,7 +29,25 @@ def write(buffer: Array, update: Array, row: int | Array, index: int | Array, ax
     starts: list[int | Array] = [0] * buffer.ndim
     starts[0] = row
     starts[axis] = index * update.shape[axis]
-    return jax.lax.dynamic_update_slice(buffer, update, starts)
+    return row_major(jax.lax.dynamic_update_slice(buffer, update, starts))
+
+
+def row_major(buffer: Array) -> Array:
+    """`buffer`, in a TPU's memory in the order of its axes.
+
+    XLA would otherwise lay it out like what is written into it, and copy all of it where it enters or leaves a loop: at
+    a program's borders arrays that fill whole tiles are in the order of their axes, and those of few rows, which are
+    the values' scales. Others are left to XLA.
+    """
+    *_, rows, lanes = buffer.shape
+    if rows > TILE_ROWS and (rows % TILE_ROWS or lanes % TILE_LANES):
+        return buffer
+    # Elsewhere it is of no use, and on CPUs not safe: the layout of a program's result came out as another than told.
+    return jax.lax.platform_dependent(buffer, tpu=_in_order_of_axes, default=lambda buffer: buffer)
+
+
+def _in_order_of_axes(buffer: Array) -> Array:
+    return with_layout_constraint(buffer, Layout(tuple(range(buffer.ndim))))
 
 
 def write_quantized(
@@ -75,9 +96,14 @@ def set_tokens(
     at: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> Float[Array, "B H S D"]:
-    """Writes one token into place `at` of every active row; a place beyond the end is left out."""
-    at = jnp.where(active, at, buffer.shape[2])
-    return buffer.at[jnp.arange(at.size), :, at].set(tokens, mode="drop")
+    """Writes one token into place `at` of every active row; a place beyond the end is left out.
+
+    A TPU scatter wants a layout of its own, for which XLA copies the buffer there and back in every step. So there the
+    rows are written one by one.
+    """
+    # Of a head_dim that leaves lanes empty, tokens are columns in a TPU's memory: passing over all of them is cheaper.
+    on_tpu = _set_tokens_in_turn if buffer.shape[3] % TILE_LANES == 0 else _select_tokens
+    return jax.lax.platform_dependent(buffer, tokens, at, active, tpu=on_tpu, default=_scatter_tokens)
 
 
 def set_ring_tokens(
@@ -86,17 +112,29 @@ def set_ring_tokens(
     slots: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> Float[Array, "B H R D"]:
-    """`set_tokens` of a ring. A TPU scatter wants a layout of its own, for which XLA copies the ring there and back
-    in every step; passing over the ring once costs less.
-    """
-    return jax.lax.platform_dependent(ring, tokens, slots, active, tpu=select_ring_tokens, default=set_tokens)
+    """`set_tokens` of a ring, which is so short that on a TPU passing over it costs less than a turn for every row."""
+    return jax.lax.platform_dependent(
+        ring, tokens, slots, active, tpu=_select_tokens, default=_scatter_tokens
+    )
 
 
-def select_ring_tokens(
-    ring: Float[Array, "B H R D"],
-    tokens: Float[Array, "B H D"],
-    slots: Int[Array, " B"],
-    active: Bool[Array, " B"],
-) -> Float[Array, "B H R D"]:
-    written = active[:, None] & (jnp.arange(ring.shape[2]) == slots[:, None])
-    return jnp.where(written[:, None, :, None], tokens[:, :, None], ring)
+def _scatter_tokens(buffer: Array, tokens: Array, at: Array, active: Array) -> Array:
+    at = jnp.where(active, at, buffer.shape[2])
+    return buffer.at[jnp.arange(at.size), :, at].set(tokens, mode="drop")
+
+
+def _select_tokens(buffer: Array, tokens: Array, at: Array, active: Array) -> Array:
+    written = active[:, None] & (jnp.arange(buffer.shape[2]) == at[:, None])
+    return row_major(jnp.where(written[:, None, :, None], tokens[:, :, None], buffer))
+
+
+def _set_tokens_in_turn(buffer: Array, tokens: Array, at: Array, active: Array) -> Array:
+    active = active & (at < buffer.shape[2])
+
+    def set_token(row: Array, buffer: Array) -> Array:
+        start = (row, 0, at[row], 0)
+        old = jax.lax.dynamic_slice(buffer, start, (1, buffer.shape[1], 1, buffer.shape[3]))
+        new = jnp.where(active[row], tokens[row, None, :, None], old)
+        return row_major(jax.lax.dynamic_update_slice(buffer, new, start))
+
+    return jax.lax.fori_loop(0, at.size, set_token, buffer)

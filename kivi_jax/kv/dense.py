@@ -43,16 +43,21 @@ class DenseLayer:
         return self.k.shape[2]
 
     def store_prompt(
-        self, k: Float[Array, "B T H D"], v: Float[Array, "B T H D"], lengths: Int[Array, " B"]
+        self,
+        k: Float[Array, "N T H D"],
+        v: Float[Array, "N T H D"],
+        lengths: Int[Array, " N"],
+        row: int | Array = 0,
     ) -> "DenseLayer":
+        """Stores prompts in the N rows from `row` on."""
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if k.shape[2] > self.slots:
             newest = newest_in_ring(lengths, self.slots)
-            return dataclasses.replace(self, k=take_tokens(k, newest), v=take_tokens(v, newest))
+            k, v = take_tokens(k, newest), take_tokens(v, newest)
         return dataclasses.replace(
             self,
-            k=write(self.k, k, row=0, index=0, axis=-2),
-            v=write(self.v, v, row=0, index=0, axis=-2),
+            k=write(self.k, k, row, index=0, axis=-2),
+            v=write(self.v, v, row, index=0, axis=-2),
         )
 
     def append_token(

@@ -124,8 +124,13 @@ class QuantizedLayer:
         return self.v_scale.shape[-1] // self.config.residual_length
 
     def store_prompt(
-        self, k: Float[Array, "B T H D"], v: Float[Array, "B T H D"], lengths: Int[Array, " B"]
+        self,
+        k: Float[Array, "N T H D"],
+        v: Float[Array, "N T H D"],
+        lengths: Int[Array, " N"],
+        row: int | Array = 0,
     ) -> "QuantizedLayer":
+        """Stores prompts in the N rows from `row` on."""
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         residual, sinks = self.config.residual_length, self.config.sink_tokens
         newest = newest_in_ring(lengths, residual)  # slots that no token reached yet hold any token
@@ -144,18 +149,18 @@ class QuantizedLayer:
                 block_k = self._without_sinks(take_tokens(k, of_slot), of_slot)
                 block_v = take_tokens(v, of_slot)
             packed_k, packed_v = self._quantize(block_k, block_v)
-            keys = write_quantized(keys, packed_k, KEY_TOKEN_AXES, row=0, index=0)
-            values = write_quantized(values, packed_v, VALUE_TOKEN_AXES, row=0, index=0)
+            keys = write_quantized(keys, packed_k, KEY_TOKEN_AXES, row, index=0)
+            values = write_quantized(values, packed_v, VALUE_TOKEN_AXES, row, index=0)
             last = jnp.maximum(flushed - 1, 0) % count
             window_k = self._with_flushed(window_k, packed_k, last, count, lengths, flushed)
         sink_k, sink_v = self.sink_k, self.sink_v
         if sinks:
-            sink_k = write(sink_k, k[:, :, :sinks], row=0, index=0, axis=-2)
-            sink_v = write(sink_v, v[:, :, :sinks], row=0, index=0, axis=-2)
+            sink_k = write(sink_k, k[:, :, :sinks], row, index=0, axis=-2)
+            sink_v = write(sink_v, v[:, :, :sinks], row, index=0, axis=-2)
         return dataclasses.replace(
             self._with_packed(keys, values),
-            window_k=window_k,
-            window_v=window_v,
+            window_k=write(self.window_k, window_k, row, index=0, axis=-2),
+            window_v=write(self.window_v, window_v, row, index=0, axis=-2),
             sink_k=sink_k,
             sink_v=sink_v,
         )

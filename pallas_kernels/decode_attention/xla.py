@@ -1,6 +1,6 @@
 """Attention of new tokens over stored ones in plain XLA operations: the reference, for every device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from kivi_jax.kv.quantize import (
 )
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.kv.state import Layer
-from kivi_jax.pallas_kernels.alibi import alibi_bias
+from kivi_jax.pallas_kernels.alibi import Slopes, alibi_bias
 
 # Unpacked float32 bytes of one block of the packed region: small enough to stay in a CPU core's second-level cache.
 BLOCK_BYTES = 2 * 2**20
@@ -58,7 +58,7 @@ class Queries(NamedTuple):
     vectors: Float[Array, "B H rows D"]  # float32
     positions: Int[Array, "B rows"]
     sliding_window: int | None
-    alibi_slopes: Sequence[float] | None
+    alibi_slopes: Slopes | None
 
     @classmethod
     def group(
@@ -67,7 +67,7 @@ class Queries(NamedTuple):
         num_kv_heads: int,
         lengths: Int[Array, " B"],
         sliding_window: int | None,
-        alibi_slopes: Sequence[float] | None,
+        alibi_slopes: Slopes | None,
     ) -> "Queries":
         batch, new, heads, head_dim = q.shape
         shared = heads // num_kv_heads
@@ -105,10 +105,19 @@ def stored_attention(
     v: Float[Array, "B T H D"],
     layer: Layer,
     lengths: Int[Array, " B"],
-    alibi_slopes: Sequence[float] | None = None,
+    alibi_slopes: Slopes | None = None,
+    kv_heads: int | None = None,
+    first_kv_head: int | Array = 0,
 ) -> Float[Array, "B T Hq D"]:
-    """Attention of T new tokens a row over those that `layer` stores, the new ones before them, and themselves."""
+    """Attention of T new tokens a row over those that `layer` stores, the new ones before them, and themselves.
+
+    With `kv_heads`, q has only the queries of so many KV heads from `first_kv_head` on.
+    """
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if kv_heads is not None:
+        k, v, layer = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first_kv_head, kv_heads, axis=1), (k, v, layer)
+        )
     new = k.shape[2]
     queries = Queries.group(q, k.shape[1], lengths, layer.sliding_window, alibi_slopes)
     sums = _attend_new(queries, k, v)

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kivi_jax.kv import KVConfig, dequantize_keys, dequantize_values, kv_bytes
-from kivi_jax.kv.buffers import select_ring_tokens, set_tokens
+from kivi_jax.kv import KVConfig, buffers, dequantize_keys, dequantize_values, kv_bytes
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import advance, empty_state
 from tests.numpy_kivi import fake_quantize
@@ -139,12 +138,13 @@ def test_empty_batch_or_capacity_is_refused(batch, capacity):
         empty_state(1, batch, 2, capacity, 64, PRESETS["kivi2"], jnp.float32)
 
 
-def test_ways_to_write_into_a_ring_agree():
-    ring, tokens = jnp.zeros((4, 2, 32, 8)), jnp.arange(64.0).reshape(4, 2, 8) + 1
-    slots, active = jnp.asarray([0, 31, 7, 7]), jnp.asarray([True, True, False, True])
-    selected = select_ring_tokens(ring, tokens, slots, active)
-    np.testing.assert_array_equal(selected, set_tokens(ring, tokens, slots, active))
-    assert int((selected != 0).sum()) == 3 * 2 * 8
+@pytest.mark.parametrize("write", [buffers._select_tokens, buffers._set_tokens_in_turn])
+def test_ways_to_write_tokens_agree(write):
+    stored, tokens = jnp.zeros((5, 2, 32, 8)), jnp.arange(80.0).reshape(5, 2, 8) + 1
+    at, active = jnp.asarray([0, 31, 7, 7, 32]), jnp.asarray([True, True, False, True, True])
+    written = write(stored, tokens, at, active)
+    np.testing.assert_array_equal(written, buffers.set_tokens(stored, tokens, at, active))
+    assert int((written != 0).sum()) == 3 * 2 * 8
 
 
 def test_flush_works_on_the_due_rows_only():

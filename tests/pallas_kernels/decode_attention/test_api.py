@@ -1,0 +1,132 @@
+"""Which implementation decode attention takes, in programs compiled for a device that need not be there."""
+
+import dataclasses
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import kivi_jax
+from kivi_jax.kv.config import PRESETS
+from kivi_jax.kv.state import empty_state
+from kivi_jax.pallas_kernels.decode_attention import api
+from kivi_jax.pallas_kernels.decode_attention.api import chunk_attention, decode_attention
+from tests.checkpoints import write_checkpoint
+
+KERNEL = "tpu_custom_call"
+
+
+def arguments(kv="kivi2", dtype=jnp.bfloat16, heads=(8, 4), head_dim=128):
+    """Of two rows, which store nothing or 300 tokens."""
+    generator = np.random.default_rng(0)
+    lengths = jnp.asarray([0, 300], jnp.int32)
+    shape = (2, heads[1], head_dim)
+    q, k, v = (
+        jnp.asarray(generator.standard_normal(shape), dtype)
+        for shape in ((2, heads[0], head_dim), shape, shape)
+    )
+    prompt = jnp.asarray(generator.standard_normal((2, 2, 384, *shape[1:])), dtype)
+    layer = empty_state(1, 2, heads[1], 384, head_dim, PRESETS[kv], dtype).layers[0]
+    return q, k, v, layer.store_prompt(*prompt, lengths), lengths
+
+
+def lower(platform, *arguments, **options):
+    function = jax.jit(functools.partial(decode_attention, **options))
+    return function.trace(*arguments).lower(lowering_platforms=(platform,))
+
+
+def test_auto_is_the_kernel_on_tpus_only():
+    """And nothing of the other implementation is left in the program, nor a choice at run time."""
+    on_tpu, on_cpu = lower("tpu", *arguments()), lower("cpu", *arguments())
+    softmax = "stablehlo.exponential"  # which the kernel has inside
+    assert KERNEL in on_tpu.as_text()
+    assert softmax not in on_tpu.as_text()
+    assert KERNEL not in on_cpu.as_text()
+    assert softmax in on_cpu.as_text()
+    assert " conditional(" not in on_cpu.compile().as_text()
+
+
+def test_xla_is_xla_everywhere():
+    assert KERNEL not in lower("tpu", *arguments(), implementation="xla").as_text()
+
+
+@pytest.fixture
+def on_a_tpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    api._warn_of_fallback.cache_clear()
+    jax.clear_caches()  # it warns while tracing
+
+
+@pytest.mark.usefixtures("on_a_tpu")
+def test_auto_warns_once_of_what_the_kernel_does_not_take():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert KERNEL not in lower("tpu", *arguments(dtype=jnp.float32)).as_text()
+        assert KERNEL in lower("tpu", *arguments()).as_text()
+    (warning,) = caught
+    assert "float32" in str(warning.message)
+
+
+@pytest.mark.usefixtures("on_a_tpu")
+def test_unquantized_layers_are_not_the_kernels_business():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert KERNEL not in lower("tpu", *arguments("bf16")).as_text()
+
+
+def test_auto_is_silent_elsewhere():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(decode_attention)(*arguments(dtype=jnp.float32))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_the_kernel_asked_for_says_what_it_does_not_take(platform):
+    with pytest.raises(NotImplementedError, match="float32"):
+        lower(platform, *arguments(dtype=jnp.float32), implementation="pallas_tpu")
+    with pytest.raises(NotImplementedError):
+        lower(platform, *arguments("bf16"), implementation="pallas_tpu")
+
+
+def test_unknown_implementation(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    with pytest.raises(ValueError, match="'auto', 'xla' or 'pallas_tpu', got 'triton'"):
+        decode_attention(*arguments(), implementation="triton")
+
+
+@pytest.mark.parametrize("attend", [decode_attention, chunk_attention])
+def test_heads_of_one_kv_head(attend):
+    """They attend what they attend among all heads."""
+    *qkv, layer, lengths = arguments(dtype=jnp.float32)
+    if attend is chunk_attention:
+        qkv = [jnp.stack([x, -x], axis=1) for x in qkv]
+    q, k, v = qkv
+    whole = jax.jit(attend)(q, k, v, layer, lengths)
+    of_one = jax.jit(functools.partial(attend, kv_heads=1))
+    part = of_one(q[..., 4:6, :], k, v, layer, lengths, first_kv_head=jnp.int32(2))
+    np.testing.assert_allclose(part, whole[..., 4:6, :], atol=1e-6)
+
+
+def test_params_choose_for_the_decode_loop(tmp_path):
+    """The whole loop with the kernel interpreted, token by token as with XLA but for near ties."""
+    folder = write_checkpoint(tmp_path, head_dim=64, num_hidden_layers=1)
+    params = kivi_jax.load(folder, "bfloat16")
+    completions = [
+        kivi_jax.generate(
+            dataclasses.replace(params, decode_attention=name),
+            [list(range(1, 100)), [3, 4]],
+            max_new_tokens=40,
+            logprobs=True,
+        )
+        for name in ("xla", "pallas_tpu")
+    ]
+    for expected, out in zip(*completions, strict=True):
+        same = [a == b for a, b in zip(expected.tokens, out.tokens, strict=True)]
+        agree = same.index(False) if False in same else len(same)
+        assert agree >= 4
+        np.testing.assert_allclose(out.logprobs[:agree], expected.logprobs[:agree], atol=0.1)
