@@ -130,8 +130,8 @@ def test_configs(config, head_dim):
 
 @pytest.mark.usefixtures("one_head_at_a_time")
 @pytest.mark.parametrize("config", [KIVI2, PRESETS["kivi-k4v2"]], ids=str)
-def test_keys_scaled_in_bfloat16(monkeypatch, config):
-    """As on chips whose vector units compute in it."""
+def test_newer_chips(monkeypatch, config):
+    """Two tiles a product of keys; or with many queries, or a head_dim of 64, codes scaled in bfloat16."""
     monkeypatch.setattr(tpu_plan, "_chip", lambda: (6, 1))
     check(config, 8, 2, 128, edges(128, 512, 900), capacity=900)
     check(config, 20, 1, 64, [3, 500], capacity=600)
