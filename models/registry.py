@@ -76,7 +76,7 @@ class Params:
         sampling_defaults: `sampling` as pairs, which can be hashed.
         mesh: the devices that the weights are split over and the KV state will be; None for a single one.
         decode_attention: which implementation of it decodes; `dataclasses.replace(params, decode_attention="xla")`
-            keeps a TPU from running its kernel.
+            keeps a TPU or GPU from running its kernel.
     """
 
     weights: Any

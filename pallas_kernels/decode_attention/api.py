@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from kivi_jax.kv.dense import DenseLayer
 from kivi_jax.kv.state import Layer
 from kivi_jax.pallas_kernels.alibi import Slopes
-from kivi_jax.pallas_kernels.decode_attention import tpu, xla
+from kivi_jax.pallas_kernels.decode_attention import gpu, tpu, xla
 
-Implementation = Literal["auto", "xla", "pallas_tpu"]
+Implementation = Literal["auto", "xla", "pallas_tpu", "pallas_gpu"]
 
 
 def decode_attention(
@@ -42,18 +42,22 @@ def decode_attention(
         layer: what is stored.
         lengths: stored tokens of each row.
         alibi_slopes: one a query head, those of `alibi_bias`.
-        implementation: `"xla"` runs everywhere; `"pallas_tpu"` is the TPU kernel, which other devices interpret,
-            slowly; `"auto"` is the kernel in a program compiled for a TPU, where it takes these shapes, and else XLA.
+        implementation: `"xla"` runs everywhere; `"pallas_tpu"` is the TPU kernel and `"pallas_gpu"` that for NVIDIA
+            GPUs, which other devices interpret, slowly; `"auto"` is the kernel for the platform that a program is
+            compiled for, where there is one that takes these shapes, and else XLA.
         kv_heads: q has the queries of only so many KV heads, those from `first_kv_head` on; by default of all H. The
             kernel then reads only them, and nothing is copied.
         first_kv_head: see `kv_heads`.
 
     Raises:
-        NotImplementedError: `"pallas_tpu"` does not take these shapes or dtypes; the message says why.
+        NotImplementedError: the kernel that was asked for does not take these shapes or dtypes; the message says why.
         ValueError: `implementation` is unknown.
     """
-    if implementation not in ("auto", "xla", "pallas_tpu"):
-        raise ValueError(f"implementation must be 'auto', 'xla' or 'pallas_tpu', got {implementation!r}")
+    choices = get_args(Implementation)
+    if implementation not in choices:
+        raise ValueError(
+            f"implementation must be one of {', '.join(map(repr, choices))}, got {implementation!r}"
+        )
     if alibi_slopes is not None:
         alibi_slopes = jnp.asarray(alibi_slopes, jnp.float32)
     return _dispatch(q, k, v, layer, lengths, alibi_slopes, first_kv_head, implementation, kv_heads)
@@ -77,19 +81,35 @@ def _dispatch(
         "kv_heads": kv_heads,
         "first_kv_head": first_kv_head,
     }
-    kernel = functools.partial(tpu.decode_attention, **options)
+    arguments = (q, k, v, layer, lengths)
     reference: Callable[..., Array] = functools.partial(_reference, **options)
-    if implementation == "pallas_tpu":
+    kernels = {
+        name: functools.partial(module.decode_attention, **options)
+        for name, module in (("tpu", tpu), ("cuda", gpu))
+    }
+    asked_for = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}.get(implementation)
+    if asked_for is not None:
+        kernel = kernels[asked_for]
         interpreted = functools.partial(kernel, interpret=True)
-        return jax.lax.platform_dependent(q, k, v, layer, lengths, tpu=kernel, default=interpreted)
+        return jax.lax.platform_dependent(*arguments, **{asked_for: kernel}, default=interpreted)
     if implementation == "auto" and not isinstance(layer, DenseLayer):
         # For the platform that the program is compiled for, which need not be the one it is traced on.
+        fitting = {name: kernels[name] for name in _platforms_with_a_kernel(q, layer)}
+        return jax.lax.platform_dependent(*arguments, **fitting, default=reference)
+    return reference(*arguments)
+
+
+def _platforms_with_a_kernel(q: Float[Array, "B Hq D"], layer: Layer) -> list[str]:
+    """Whose kernel takes these shapes. Says once why not, where that is the platform of this process."""
+    platforms = []
+    for name, backend, module in (("tpu", "tpu", tpu), ("cuda", "gpu", gpu)):
         try:
-            return jax.lax.platform_dependent(q, k, v, layer, lengths, tpu=kernel, default=reference)
+            module.check_supported(q, layer)
+            platforms.append(name)
         except NotImplementedError as error:
-            if jax.default_backend() == "tpu":
+            if jax.default_backend() == backend:
                 _warn_of_fallback(str(error))
-    return reference(q, k, v, layer, lengths)
+    return platforms
 
 
 def chunk_attention(
@@ -124,4 +144,4 @@ def _reference(
 @functools.cache
 def _warn_of_fallback(reason: str) -> None:
     """One warning a reason, not one a layer and a compilation."""
-    warnings.warn(f"decode attention runs in XLA, not in its TPU kernel: {reason}", stacklevel=3)
+    warnings.warn(f"decode attention runs in XLA, not in its kernel: {reason}", stacklevel=3)

@@ -46,7 +46,7 @@ def decode_attention(
     Raises:
         NotImplementedError: something the kernel does not cover, which the message names.
     """
-    _check_supported(q, layer)
+    check_supported(q, layer)
     assert isinstance(layer, QuantizedLayer)
     batch, heads, head_dim = q.shape
     kv_heads = kv_heads or k.shape[1]
@@ -81,7 +81,8 @@ def decode_attention(
     return jnp.where((lengths > 0)[:, None, None], out, jnp.repeat(v, shared, axis=1))
 
 
-def _check_supported(q: Array, layer: Layer) -> None:
+def check_supported(q: Array, layer: Layer) -> None:
+    """Raises NotImplementedError with what the kernel does not cover, if there is something."""
     if not isinstance(layer, QuantizedLayer):
         raise NotImplementedError("the TPU kernel reads quantized layers only")
     head_dim = q.shape[-1]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 import warnings
 
 import jax
@@ -9,15 +10,17 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import kivi_jax
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
-from kivi_jax.pallas_kernels.decode_attention import api
+from kivi_jax.pallas_kernels.decode_attention import api, gpu
 from kivi_jax.pallas_kernels.decode_attention.api import chunk_attention, decode_attention
 from tests.checkpoints import write_checkpoint
 
 KERNEL = "tpu_custom_call"
+GPU_KERNEL = "__gpu$xla.gpu.triton"
 
 
 def arguments(kv="kivi2", dtype=jnp.bfloat16, heads=(8, 4), head_dim=128):
@@ -32,6 +35,12 @@ def arguments(kv="kivi2", dtype=jnp.bfloat16, heads=(8, 4), head_dim=128):
     prompt = jnp.asarray(generator.standard_normal((2, 2, 384, *shape[1:])), dtype)
     layer = empty_state(1, 2, heads[1], 384, head_dim, PRESETS[kv], dtype).layers[0]
     return q, k, v, layer.store_prompt(*prompt, lengths), lengths
+
+
+def on_an_h100():
+    """For what asks for the GPU that it is lowered for; JAX 0.10 does not, and assumes that one."""
+    device = AbstractDevice("NVIDIA H100", 132, "gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def lower(platform, *arguments, **options):
@@ -50,8 +59,48 @@ def test_auto_is_the_kernel_on_tpus_only():
     assert " conditional(" not in on_cpu.compile().as_text()
 
 
+def test_auto_is_another_kernel_on_gpus():
+    """Two of them, and that on no other platform."""
+    with on_an_h100():
+        program = lower("cuda", *arguments()).as_text()
+    assert program.count(GPU_KERNEL) == 2
+    assert KERNEL not in program
+    assert GPU_KERNEL not in lower("cpu", *arguments()).as_text() + lower("tpu", *arguments()).as_text()
+
+
 def test_xla_is_xla_everywhere():
     assert KERNEL not in lower("tpu", *arguments(), implementation="xla").as_text()
+    with on_an_h100():
+        assert GPU_KERNEL not in lower("cuda", *arguments(), implementation="xla").as_text()
+
+
+def test_each_platform_has_its_own_limits():
+    half = arguments(dtype=jnp.float16)
+    assert KERNEL not in lower("tpu", *half).as_text()
+    with on_an_h100():
+        assert lower("cuda", *half).as_text().count(GPU_KERNEL) == 2
+        assert GPU_KERNEL not in lower("cuda", *arguments(head_dim=256)).as_text()
+    assert KERNEL in lower("tpu", *arguments(head_dim=256)).as_text()
+
+
+@pytest.mark.parametrize(("kind", "capability"), [("Tesla T4", "7.5"), ("AMD MI300X", "gfx942")])
+def test_other_gpus_run_xla(monkeypatch, kind, capability):
+    """As if this process had one."""
+    device = types.SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=kind)
+    q, _, _, layer, _ = arguments()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    api._warn_of_fallback.cache_clear()
+    with pytest.warns(UserWarning, match=f"compute capability 8.0, and {kind} has {capability}"):
+        assert api._platforms_with_a_kernel(q, layer) == ["tpu"]
+
+
+def test_without_the_triton_lowering(monkeypatch):
+    monkeypatch.setattr(gpu, "gpu_kernel", None)
+    q, _, _, layer, _ = arguments()
+    assert api._platforms_with_a_kernel(q, layer) == ["tpu"]
+    with pytest.raises(NotImplementedError, match="Triton"):
+        gpu.check_supported(q, layer)
 
 
 @pytest.fixture
@@ -86,16 +135,17 @@ def test_auto_is_silent_elsewhere():
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cpu"])
-def test_the_kernel_asked_for_says_what_it_does_not_take(platform):
+@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+def test_the_kernel_asked_for_says_what_it_does_not_take(platform, kernel):
     with pytest.raises(NotImplementedError, match="float32"):
-        lower(platform, *arguments(dtype=jnp.float32), implementation="pallas_tpu")
+        lower(platform, *arguments(dtype=jnp.float32), implementation=kernel)
     with pytest.raises(NotImplementedError):
-        lower(platform, *arguments("bf16"), implementation="pallas_tpu")
+        lower(platform, *arguments("bf16"), implementation=kernel)
 
 
 def test_unknown_implementation(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
-    with pytest.raises(ValueError, match="'auto', 'xla' or 'pallas_tpu', got 'triton'"):
+    with pytest.raises(ValueError, match="'auto', 'xla', 'pallas_tpu', 'pallas_gpu', got 'triton'"):
         decode_attention(*arguments(), implementation="triton")
 
 
@@ -113,7 +163,7 @@ def test_heads_of_one_kv_head(attend):
 
 
 def test_params_choose_for_the_decode_loop(tmp_path):
-    """The whole loop with the kernel interpreted, token by token as with XLA but for near ties."""
+    """The whole loop with each kernel interpreted, token by token as with XLA but for near ties."""
     folder = write_checkpoint(tmp_path, head_dim=64, num_hidden_layers=1)
     params = kivi_jax.load(folder, "bfloat16")
     completions = [
@@ -123,9 +173,10 @@ def test_params_choose_for_the_decode_loop(tmp_path):
             max_new_tokens=40,
             logprobs=True,
         )
-        for name in ("xla", "pallas_tpu")
+        for name in ("xla", "pallas_tpu", "pallas_gpu")
     ]
-    for expected, out in zip(*completions, strict=True):
+    references = completions[0] * 2
+    for expected, out in zip(references, completions[1] + completions[2], strict=True):
         same = [a == b for a, b in zip(expected.tokens, out.tokens, strict=True)]
         agree = same.index(False) if False in same else len(same)
         assert agree >= 4

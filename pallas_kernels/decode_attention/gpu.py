@@ -1,0 +1,162 @@
+"""Decode attention on an NVIDIA GPU: two Pallas kernels a layer, one over items of work and one that merges them.
+
+A row's stored tokens are cut into items, as many as fill the GPU, from the rows' lengths: its exact tokens (ring, sinks
+and new token) are one, and its packed ones some more. So one long row keeps the whole GPU busy, and so do many short
+ones. What is beyond a row's end is never read.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jaxtyping import Float, Int
+
+from kivi_jax.kv.quantized import QuantizedLayer
+from kivi_jax.kv.state import Layer
+from kivi_jax.pallas_kernels.alibi import Slopes
+from kivi_jax.pallas_kernels.decode_attention.gpu_plan import ROWS, Plan, list_work
+
+try:
+    from kivi_jax.pallas_kernels.decode_attention import gpu_kernel
+except ImportError:  # of Pallas' Triton lowering, which is deprecated since JAX 0.11 and will go
+    gpu_kernel = None  # type: ignore[assignment]
+
+HEAD_DIMS = (64, 128)
+GROUP_SIZES = (32, 64, 128)
+DTYPES = (jnp.bfloat16, jnp.float16)
+LEAST_CAPABILITY = 8.0  # from Ampere on: matrix products in bfloat16
+
+
+def decode_attention(
+    q: Float[Array, "B Hq D"],
+    k: Float[Array, "B H D"],
+    v: Float[Array, "B H D"],
+    layer: Layer,
+    lengths: Int[Array, " B"],
+    alibi_slopes: Slopes | None = None,
+    *,
+    kv_heads: int | None = None,
+    first_kv_head: int | Array = 0,
+    interpret: bool = False,
+) -> Float[Array, "B Hq D"]:
+    """`api.decode_attention` as two kernels.
+
+    Args:
+        kv_heads: how many KV heads `q` has queries of, if not all: `first_kv_head` and those after.
+        interpret: run anywhere, slowly.
+
+    Raises:
+        NotImplementedError: something the kernel does not cover, which the message names.
+    """
+    check_supported(q, layer)
+    assert isinstance(layer, QuantizedLayer)
+    batch, heads, head_dim = q.shape
+    kv_heads = kv_heads or k.shape[1]
+    if kv_heads != k.shape[1]:
+        k, v = (jax.lax.dynamic_slice_in_dim(x, first_kv_head, kv_heads, axis=1) for x in (k, v))
+    config = layer.config
+    plan = Plan(
+        shared=heads // kv_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        key_bits=config.key_bits,
+        value_bits=config.value_bits,
+        group_size=config.group_size,
+        residual=config.residual_length,
+        capacity=layer.blocks * config.residual_length,
+        sinks=config.sink_tokens,
+        sliding_window=layer.sliding_window,
+        alibi=alibi_slopes is not None,
+    )
+    work, first_entries, entries = list_work(lengths, plan)
+    inputs = {
+        **work,
+        "lengths": lengths.astype(jnp.int32),
+        "first_kv_head": jnp.asarray(first_kv_head, jnp.int32).reshape(1),
+        "q": q,
+        "k": k,
+        "v": v,
+        **_stored(layer),
+    }
+    if alibi_slopes is not None:
+        inputs["slopes"] = jax.lax.reduce_precision(jnp.asarray(alibi_slopes, jnp.float32), 8, 7)
+    items = work["rows"].size
+    places = (items, kv_heads, plan.row_blocks * ROWS)
+    results = {
+        "maximum": jax.ShapeDtypeStruct(places, jnp.float32),
+        "denominator": jax.ShapeDtypeStruct(places, jnp.float32),
+        "weighted": jax.ShapeDtypeStruct((*places, head_dim), jnp.float32),
+    }
+    parts = pl.pallas_call(
+        functools.partial(gpu_kernel.attend, plan=plan, names=(*inputs, *results), interpret=interpret),
+        out_shape=list(results.values()),
+        grid=(kv_heads * plan.row_blocks, items),
+        compiler_params=gpu_kernel.compiler_params(warps=1),
+        interpret=interpret,
+        name="kivi_decode_attention",
+    )(*inputs.values())
+    names = ("first_entries", "entries", *results, "out")
+    return pl.pallas_call(
+        functools.partial(gpu_kernel.merge, shared=plan.shared, names=names),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(batch, heads),
+        compiler_params=gpu_kernel.compiler_params(warps=4),
+        interpret=interpret,
+        name="kivi_merge",
+    )(first_entries, entries, *parts)
+
+
+def check_supported(q: Array, layer: Layer) -> None:
+    """Raises NotImplementedError with what the kernel does not cover, if there is something."""
+    if gpu_kernel is None:
+        raise NotImplementedError(
+            "the GPU kernel needs Pallas' Triton lowering, which this JAX no longer has"
+        )
+    if not isinstance(layer, QuantizedLayer):
+        raise NotImplementedError("the GPU kernel reads quantized layers only")
+    if q.shape[-1] not in HEAD_DIMS:
+        raise NotImplementedError(f"the GPU kernel takes a head_dim of 64 or 128, not {q.shape[-1]}")
+    group_size = layer.config.group_size
+    if group_size not in GROUP_SIZES:
+        raise NotImplementedError(f"the GPU kernel takes a group_size of 32, 64 or 128, not {group_size}")
+    if q.dtype not in DTYPES or layer.window_k.dtype != q.dtype:
+        raise NotImplementedError(
+            "the GPU kernel takes queries and a state in bfloat16 or both in float16, not "
+            f"{q.dtype} and {layer.window_k.dtype}"
+        )
+    device = jax.devices()[0]
+    if device.platform == "gpu" and not _is_recent(device.compute_capability):
+        raise NotImplementedError(
+            f"the GPU kernel needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY}, and {device.device_kind} "
+            f"has {device.compute_capability}"
+        )
+
+
+def _is_recent(capability: str) -> bool:
+    """Not so for AMD's, which are names."""
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= LEAST_CAPABILITY
+
+
+def _stored(layer: QuantizedLayer) -> dict[str, Array]:
+    head_dim = layer.window_k.shape[-1]
+
+    def unfold(codes: Array) -> Array:
+        """The same memory, one word row a row."""
+        return codes.reshape(*codes.shape[:2], -1, head_dim)
+
+    stored = {
+        "k_codes": unfold(layer.k_codes),
+        "k_scale": layer.k_scale,
+        "k_zero": layer.k_zero,
+        "v_codes": unfold(layer.v_codes),
+        "v_scale": layer.v_scale,
+        "v_zero": layer.v_zero,
+        "window_k": layer.window_k,
+        "window_v": layer.window_v,
+    }
+    if layer.config.sink_tokens:
+        stored |= {"sink_k": layer.sink_k, "sink_v": layer.sink_v}
+    return stored

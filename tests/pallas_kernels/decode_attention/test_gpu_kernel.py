@@ -1,0 +1,156 @@
+"""The GPU kernel, interpreted, against a float64 softmax over what the same codes decode to.
+
+Rows of one batch lie around every edge: of the ring, of a tile, of an item of work and of what the layer can hold; one
+is empty, as rows that have ended are.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kivi_jax.kv import KVConfig
+from kivi_jax.kv.config import PRESETS
+from kivi_jax.kv.state import empty_state
+from kivi_jax.pallas_kernels.decode_attention import gpu, gpu_plan
+from tests import decode_oracle
+from tests.decode_oracle import NMSE, edges, oracle, stored
+
+KIVI2 = PRESETS["kivi2"]
+check = functools.partial(decode_oracle.check, gpu.decode_attention)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "heads", "head_dim"), [(32, 32, 128), (32, 8, 128), (64, 8, 128), (71, 1, 64)]
+)
+def test_shapes(query_heads, heads, head_dim):
+    """A capacity of six tiles and a part of a seventh."""
+    lengths = [*edges(128, 256, 1700), 1200]
+    if heads == 32:  # every head of a row is a program, one after the other
+        lengths = lengths[::4]
+    check(KIVI2, query_heads, heads, head_dim, lengths, capacity=1700)
+
+
+@pytest.mark.parametrize(
+    ("config", "head_dim"),
+    [
+        (PRESETS["kivi4"], 64),
+        (PRESETS["kivi4"], 128),
+        (PRESETS["kivi-k4v2"], 64),
+        (PRESETS["kivi-k2v4"], 128),
+        (KVConfig(2, 2, group_size=64, residual_length=64), 64),
+        (KVConfig(4, 2, group_size=64, residual_length=128), 128),
+        (KVConfig(2, 2, group_size=128, residual_length=128), 128),
+        (KVConfig(2, 2, group_size=32, residual_length=96), 128),
+        (KVConfig(2, 2, group_size=32, residual_length=256), 64),
+    ],
+    ids=str,
+)
+def test_configs(config, head_dim):
+    residual = config.residual_length
+    check(config, 4, 2, head_dim, edges(residual, 256, residual + 640), residual + 640)
+
+
+@pytest.mark.parametrize(
+    ("config", "head_dim"), [(KIVI2, 128), (PRESETS["kivi4"], 64), (PRESETS["kivi-k4v2"], 128)], ids=str
+)
+def test_float16(config, head_dim):
+    check(config, 4, 2, head_dim, [0, 128, 700], capacity=768, dtype=jnp.float16)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(20, 0), (128, 5), (300, 0), (5000, 40)])
+def test_sliding_windows_and_sinks(window, sinks):
+    """Blocks of windowed layers are a ring, here of up to 10 blocks, which a row of 990 tokens has been around."""
+    config = KVConfig(2, 2, group_size=32, residual_length=64, sink_tokens=sinks)
+    lengths = [0, 3, 63, 64, 65, window, window + 1, window + 80, 640, 990]
+    check(config, 4, 2, 128, [min(x, 990) for x in lengths], capacity=1024, sliding_window=window)
+
+
+def test_sinks():
+    config = dataclasses.replace(KIVI2, sink_tokens=4)
+    check(config, 8, 2, 128, [0, 2, 4, 127, 129, 500, 700], capacity=720)
+
+
+@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(8, 2, 128), (20, 1, 64)])
+def test_position_biases(query_heads, heads, head_dim):
+    slopes = tuple(2.0 ** (-8 * (i + 1) / query_heads) for i in range(query_heads))
+    check(KIVI2, query_heads, heads, head_dim, [0, 1, 127, 300, 1021], capacity=1100, slopes=slopes)
+
+
+def test_items_of_a_gpu_of_four_programs(monkeypatch):
+    """So that an item has many tiles, and not every row as many items."""
+    monkeypatch.setattr(gpu_plan, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(gpu_plan, "WARPS_PER_MULTIPROCESSOR", 4)
+    check(KIVI2, 4, 1, 128, [2500, 300, 0, 1281], capacity=2560)
+
+
+def test_more_items_than_are_merged_at_a_time():
+    """One row of 17,000 tokens has 33 packed items."""
+    check(KIVI2, 1, 1, 64, [17000], capacity=17024)
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [1, 5000], [4000, 4000], [129, 128], [384, 640]])
+@pytest.mark.parametrize("programs", [1, 8, 64, 1056])
+def test_work_list(monkeypatch, lengths, programs):
+    """Every tile of every row is in one item, and every row has its exact tokens once."""
+    monkeypatch.setattr(gpu_plan, "MULTIPROCESSORS", programs)
+    monkeypatch.setattr(gpu_plan, "WARPS_PER_MULTIPROCESSOR", 1)
+    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 5120, 0, None, False)
+    work, first_entries, entries = gpu_plan.list_work(jnp.asarray(lengths), plan)
+    rows, first_tiles, tiles = map(np.asarray, work.values())
+    for row, length in enumerate(lengths):
+        own = slice(int(first_entries[row]), int(first_entries[row] + entries[row]))
+        assert (rows[own] == row).all()
+        assert tiles[own][0] == -1
+        spans = [range(a, a + n) for a, n in zip(first_tiles[own][1:], tiles[own][1:], strict=True)]
+        assert [i for span in spans for i in span] == list(range(-(-max(length - 128, 0) // 256)))
+        assert all(len(span) > 0 for span in spans)
+    assert (tiles[int(entries.sum()) :] == 0).all()
+
+
+def test_queries_of_some_kv_heads():
+    layer, state = stored(KIVI2, 8, 128, [0, 300, 129], 400)
+    generator = np.random.default_rng(1)
+    q = jnp.asarray(generator.standard_normal((3, 16, 128)), jnp.bfloat16)
+    k, v = jnp.asarray(generator.standard_normal((2, 3, 8, 128)), jnp.bfloat16)
+    expected = oracle(q, k, v, state)
+
+    @jax.jit
+    def attend(q, first):
+        return gpu.decode_attention(
+            q, k, v, layer, state.lengths, kv_heads=2, first_kv_head=first, interpret=True
+        )
+
+    for first in (0, 3, 6):
+        heads = slice(2 * first, 2 * first + 4)
+        out = np.asarray(attend(q[:, heads], first), np.float64)
+        assert ((out - expected[:, heads]) ** 2).sum() <= NMSE * (expected[:, heads] ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 256}, "head_dim of 64 or 128, not 256"),
+        ({"dtype": jnp.float32}, "bfloat16 or both in float16, not float32"),
+        ({"config": PRESETS["bf16"]}, "quantized layers only"),
+        ({"config": KVConfig(2, 2, 16, 128)}, "group_size of 32, 64 or 128, not 16"),
+    ],
+)
+def test_what_it_does_not_cover(change, message):
+    settings = {"head_dim": 128, "dtype": jnp.bfloat16, "config": KIVI2} | change
+    head_dim, dtype, config = settings.values()
+    (layer,) = empty_state(1, 1, 2, 256, head_dim, config, dtype).layers
+    x = jnp.zeros((1, 2, head_dim), dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        gpu.decode_attention(x, x, x, layer, jnp.zeros(1, jnp.int32))
