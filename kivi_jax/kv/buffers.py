@@ -33,17 +33,22 @@ def write(buffer: Array, update: Array, row: int | Array, index: int | Array, ax
 
 
 def row_major(buffer: Array) -> Array:
-    """`buffer`, in a TPU's memory in the order of its axes.
+    """`buffer`, in a TPU's or GPU's memory in the order of its axes.
 
     XLA would otherwise lay it out like what is written into it, and copy all of it where it enters or leaves a loop: at
-    a program's borders arrays that fill whole tiles are in the order of their axes, and those of few rows, which are
-    the values' scales. Others are left to XLA.
+    a program's borders a GPU's arrays are in the order of their axes, and a TPU's that fill whole tiles, and those of
+    few rows, which are the values' scales. A TPU's others are left to XLA.
     """
     *_, rows, lanes = buffer.shape
-    if rows > TILE_ROWS and (rows % TILE_ROWS or lanes % TILE_LANES):
-        return buffer
-    # Elsewhere it is of no use, and on CPUs not safe: the layout of a program's result came out as another than told.
-    return jax.lax.platform_dependent(buffer, tpu=_in_order_of_axes, default=lambda buffer: buffer)
+    fills_tiles = rows <= TILE_ROWS or not (rows % TILE_ROWS or lanes % TILE_LANES)
+    # On CPUs it is of no use, and not safe: the layout of a program's result came out as another than told.
+    return jax.lax.platform_dependent(
+        buffer, tpu=_in_order_of_axes if fills_tiles else _as_it_is, cuda=_in_order_of_axes, default=_as_it_is
+    )
+
+
+def _as_it_is(buffer: Array) -> Array:
+    return buffer
 
 
 def _in_order_of_axes(buffer: Array) -> Array:
