@@ -16,6 +16,7 @@ demo: $(RUNTIME) ## generate with the demo model from a 16-bit and a 2-bit cache
 	$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(DEV) ## run the tests; ARGS="-k name" passes options to pytest
+	-@$(BIN)/python scripts/gpu_wheels.py
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: $(DEV) ## check style and formatting

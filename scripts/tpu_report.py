@@ -10,12 +10,11 @@ the text around is written by hand.
 import dataclasses
 import functools
 import importlib.metadata
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,10 @@ import typer
 import memory_report
 from kivi_jax.kv.dense import DenseLayer
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan
+from programs import Attention, abstract_params, array_bytes
+from report_page import replace_section, table
 from tpu_compiler import CHIPS, compile_programs
-from tpu_programs import Attention, abstract_params
+from tpu_programs import plan_of
 from tpu_schedule import Schedule
 
 PAGE = Path(__file__).parents[1] / "docs" / "tpu.md"
@@ -127,20 +128,8 @@ def costs(chip: str) -> dict[tuple[str, str], Cost | str]:
             found[cases[name]] = result.strip().splitlines()[-1]
             continue
         (schedule,) = result.schedules.values()
-        found[cases[name]] = Cost.of(attention(*cases[name]).plan(chip), schedule)
+        found[cases[name]] = Cost.of(plan_of(attention(*cases[name]), chip), schedule)
     return found
-
-
-def array_bytes(tree: Any) -> int:
-    """Of all arrays in it, which can be abstract."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def packed_bytes(case: Attention) -> float:
-    """Of `TOKENS` tokens of one KV head, scales and zeros included."""
-    layer = case.layer()
-    tokens = case.batch * case.kv_heads * layer.blocks * case.residual_length
-    return array_bytes((layer.keys, layer.values)) / tokens * TOKENS
 
 
 def cost_section() -> Iterator[str]:
@@ -161,7 +150,7 @@ def _cost_rows(chip: str, hardware: Hardware) -> Iterator[list[str]]:
         case = attention(shape, kv)
         query_heads, kv_heads, head_dim = SHAPES[shape]
         dense = 2 * 2 * TOKENS * head_dim
-        hbm = (f"{x / hardware.bytes_per_cycle:.0f}" for x in (packed_bytes(case), dense))
+        hbm = (f"{x / hardware.bytes_per_cycle:.0f}" for x in (case.packed_bytes(TOKENS), dense))
         named = [shape, f"{query_heads} × {kv_heads} × {head_dim}", kv]
         if isinstance(cost, str):
             yield [*named, "does not compile", *[""] * 5, *hbm]
@@ -213,7 +202,7 @@ def project(chip: str, model: str, kv: str, rows: int, tokens: int) -> Step | st
         cost = costs(chip)[model, kv]
         if isinstance(cost, str):
             return cost
-        layer, plan = case.layer(), case.plan(chip)
+        layer, plan = case.layer(), plan_of(case, chip)
         state = array_bytes(layer)
         # The kernel reads the rings, and the append reads and writes them.
         traffic = state + 2 * array_bytes((layer.window_k, layer.window_v))
@@ -249,16 +238,6 @@ def _projection_rows() -> Iterator[list[str]]:
                 yield cells
 
 
-def table(header: str, rows: Iterable[list[str]]) -> Iterator[str]:
-    """Markdown; the header's names are divided by `|`, and columns of numbers aligned to the right."""
-    rows = [row + [""] * (header.count("|") + 1 - len(row)) for row in rows]
-    numbers = [all(re.fullmatch(r"[\d.]*", cell) for cell in column) for column in zip(*rows, strict=True)]
-    yield f"| {header.replace('|', ' | ')} |"
-    yield "|" + "|".join(" ---: " if number else " :--- " for number in numbers) + "|"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
-
-
 def memory_section() -> Iterator[str]:
     """What tpu_memory.py prints, in a process of its own, as it loads libtpu."""
     script = Path(__file__).with_name("tpu_memory.py")
@@ -277,20 +256,6 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "memory": memory_section,
     "projection": projection_section,
 }
-
-
-def replace_section(page: str, name: str, lines: Iterable[str]) -> str:
-    """`page` with other lines between the two markers of section `name`.
-
-    Raises:
-        ValueError: the page does not have the section once.
-    """
-    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"expected one section {begin.strip()} … {end} in {PAGE}")
-    before, _, rest = page.partition(begin)
-    after = rest.partition(end)[2]
-    return f"{before}{begin}{chr(10).join(lines).strip()}\n{end}{after}"
 
 
 def main(

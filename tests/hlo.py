@@ -5,7 +5,8 @@ import math
 import re
 from collections.abc import Iterator
 
-KERNEL = 'custom_call_target="tpu_custom_call"'
+# Of Pallas' lowerings to Mosaic and to Triton.
+KERNELS = 'custom_call_target="tpu_custom_call"', 'custom_call_target="__gpu$xla.gpu.triton"'
 # What only names an array anew.
 _SAME_ARRAY = {"bitcast", "optimization-barrier"}
 _MOVES = {"copy", "copy-done", "pad", "reshape", "transpose"}
@@ -72,7 +73,11 @@ class Module:
         return self.computations[instruction.computation][instruction.operands[index]]
 
     def kernels(self) -> list[Instruction]:
-        return [x for x in self.instructions() if x.opcode == "custom-call" and KERNEL in x.text]
+        return [
+            x
+            for x in self.instructions()
+            if x.opcode == "custom-call" and any(kernel in x.text for kernel in KERNELS)
+        ]
 
     def origin(self, instruction: Instruction) -> Instruction:
         """Where an array comes from unchanged: an argument of the program, or what computes it or lays it out anew.

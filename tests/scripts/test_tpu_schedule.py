@@ -5,7 +5,9 @@ import importlib.util
 import pytest
 
 import tpu_compiler
+import tpu_programs
 import tpu_report
+from report_page import replace_section
 from tpu_schedule import read_schedule
 
 # A loop of bundles 1 to 21; in it one of 3 to 9, which a branch before it can leave out, and a branch over 15 and 16.
@@ -89,8 +91,8 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
 
 def test_cost_of_512_tokens_of_a_head():
     case = tpu_report.attention("Llama 3 8B", "kivi2")
-    assert tpu_report.packed_bytes(case) == 512 * 128 * 2 * 3 / 8  # 3.0 bits a value
-    plan = case.plan("v5e")
+    assert case.packed_bytes(512) == 512 * 128 * 2 * 3 / 8  # 3.0 bits a value
+    plan = tpu_programs.plan_of(case, "v5e")
     cost = tpu_report.Cost.of(plan, read_schedule(BUNDLES, utilization()))
     tokens = plan.chunk * plan.unroll
     assert cost.main * tokens == 7 * 512
@@ -102,14 +104,14 @@ def test_cost_of_512_tokens_of_a_head():
 
 def test_only_the_section_is_replaced():
     page = "Before\n\n<!-- begin a -->\nold\n<!-- end a -->\n\nafter\n"
-    replaced = tpu_report.replace_section(page, "a", ["", "| new |", ""])
+    replaced = replace_section(page, "a", ["", "| new |", ""])
     assert replaced == page.replace("old", "| new |")
-    assert tpu_report.replace_section(replaced, "a", ["", "| new |", ""]) == replaced
+    assert replace_section(replaced, "a", ["", "| new |", ""]) == replaced
     with pytest.raises(ValueError, match="begin b"):
-        tpu_report.replace_section(page, "b", [])
+        replace_section(page, "b", [])
 
 
 def test_the_page_has_every_section():
     page = tpu_report.PAGE.read_text()
     for name in tpu_report.SECTIONS:
-        assert tpu_report.replace_section(page, name, ["new"]) != page
+        assert replace_section(page, name, ["new"]) != page

@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import tpu_programs
 import tpu_report
 from kivi_jax.kv import kv_bytes
+from kivi_jax.pallas_kernels.decode_attention import tpu
+from offline_compiler import Compiled, Program
+from programs import Attention, loop_state
+from tests.compiled import names_of_arrays, succeeded
 from tests.hlo import Module
-from tpu_compiler import CHIPS, Compiled, Program, compile_programs
-from tpu_programs import Attention, loop_state
+from tpu_compiler import CHIPS, compile_programs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed"
@@ -98,16 +102,7 @@ def compile_kernels(chip: str) -> dict[str, Compiled | str]:
 def compile_loops(chip: str) -> dict[str, Compiled | str]:
     names = LOOPS if chip == ALL else LOOPS_ELSEWHERE
     cases = {name: {"batch": LOOP_ROWS, "capacity": LOOP_CAPACITY, **LOOPS[name]} for name in names}
-    return compile_programs(chip, "tpu_programs:decode_loops", cases=cases)
-
-
-def succeeded(compiled: Compiled | str) -> Compiled:
-    assert isinstance(compiled, Compiled), compiled
-    return compiled
-
-
-def names_of_arrays(layer: Any, prefix: str) -> set[str]:
-    return {prefix + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(layer)}
+    return compile_programs(chip, "programs:decode_loops", cases=cases)
 
 
 @pytest.mark.parametrize(("chip", "name"), on_every_chip(KERNELS, KERNELS_ELSEWHERE))
@@ -139,7 +134,7 @@ def test_decode_loop_updates_the_state_in_place(chip, name, request):
 
 def copying_kernels(devices: Sequence[Any]) -> Iterator[Program]:
     """Kernels that must not pass: something was done to an array on its way."""
-    program = KERNELS["llama-3"].program("")
+    program = KERNELS["llama-3"].program("", tpu.decode_attention)
 
     def attend(change, q, k, v, layer, lengths):
         return program.function(q, k, v, change(layer), lengths)
@@ -172,6 +167,6 @@ def test_main_loop_stays_cheap():
         "v5e", "tpu_programs:kernels", schedules=True, cases={"": dataclasses.asdict(case)}
     )
     (schedule,) = succeeded(compiled[""]).schedules.values()
-    cost = tpu_report.Cost.of(case.plan("v5e"), schedule)
+    cost = tpu_report.Cost.of(tpu_programs.plan_of(case, "v5e"), schedule)
     assert 100 < cost.bundles < 170
     assert cost.bundles < cost.main < cost.whole
