@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from kivi_jax.pallas_kernels.alibi import Slopes, alibi_bias
 from kivi_jax.pallas_kernels.decode_attention.api import chunk_attention, decode_attention
+from kivi_jax.pallas_kernels.devices import nvidia_capability
 
 __all__ = ["chunk_attention", "decode_attention", "prefill_attention"]
 
@@ -19,6 +20,8 @@ PrefillImplementation = Literal["auto", "xla", "cudnn", "splash"]
 
 # Queries that `xla` scores at a time, so that no T x T matrix of scores exists.
 QUERY_CHUNK = 256
+# Least compute capability for which cuDNN attends: Ampere's.
+CUDNN_CAPABILITY = 8.0
 
 
 def prefill_attention(
@@ -33,9 +36,9 @@ def prefill_attention(
     """Exact causal attention of right-padded prompts; what padding attends to is never read.
 
     A token attends the newest `sliding_window` tokens, itself included, or all; `alibi_slopes` are those of
-    `alibi_bias`, which only `xla` takes. `cudnn` needs 16-bit activations and head_dim ≤ 128 on an NVIDIA GPU, `splash`
-    a T that is a multiple of 128 on a TPU (`interpret` runs it elsewhere, slowly). `auto` takes the device's own where
-    it can, else `xla`. On several devices it must run inside a `jax.shard_map`.
+    `alibi_bias`, which only `xla` takes. `cudnn` needs 16-bit activations and head_dim ≤ 128 on an NVIDIA GPU from
+    Ampere on, `splash` a T that is a multiple of 128 on a TPU (`interpret` runs it elsewhere, slowly). `auto` takes the
+    device's own where it can, else `xla`. On several devices it must run inside a `jax.shard_map`.
     """
     if implementation == "auto":
         options: dict[str, Any] = {"sliding_window": sliding_window, "alibi_slopes": alibi_slopes}
@@ -64,7 +67,7 @@ def prefill_attention(
 def _suits_cudnn(q: Array, alibi_slopes: Slopes | None) -> bool:
     head_dim = q.shape[-1]
     suits = q.dtype.itemsize == 2 and head_dim <= 128 and head_dim % 8 == 0 and alibi_slopes is None
-    return suits and jax.default_backend() == "gpu"
+    return suits and (nvidia_capability() or 0) >= CUDNN_CAPABILITY
 
 
 def _chunked_attention(

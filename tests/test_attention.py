@@ -1,5 +1,7 @@
 """Prefill attention against a direct softmax."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,16 +80,25 @@ def test_auto_is_splash_in_programs_for_a_tpu(length, slopes, kernels):
     assert "@tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+H100, T4, AMD = (
+    types.SimpleNamespace(platform="gpu", compute_capability=name) for name in ("9.0", "7.5", "gfx942")
+)
+CPU = types.SimpleNamespace(platform="cpu")
+
+
 @pytest.mark.parametrize(
-    ("backend", "dtype", "head_dim", "slopes", "expected"),
+    ("device", "dtype", "head_dim", "slopes", "expected"),
     [
-        ("gpu", jnp.bfloat16, 128, None, True),
-        ("gpu", jnp.bfloat16, 128, (1.0, 1.0), False),
-        ("gpu", jnp.float32, 128, None, False),
-        ("gpu", jnp.bfloat16, 256, None, False),
-        ("cpu", jnp.bfloat16, 128, None, False),
+        (H100, jnp.bfloat16, 128, None, True),
+        (H100, jnp.bfloat16, 128, (1.0, 1.0), False),
+        (H100, jnp.float32, 128, None, False),
+        (H100, jnp.bfloat16, 256, None, False),
+        (T4, jnp.bfloat16, 128, None, False),
+        (AMD, jnp.bfloat16, 128, None, False),
+        (CPU, jnp.bfloat16, 128, None, False),
     ],
 )
-def test_auto_takes_cudnn_where_it_can(monkeypatch, backend, dtype, head_dim, slopes, expected):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert attention._suits_cudnn(jnp.zeros((1, 512, 2, head_dim), dtype), slopes) == expected
+def test_auto_takes_cudnn_where_it_can(monkeypatch, device, dtype, head_dim, slopes, expected):
+    q = jnp.zeros((1, 512, 2, head_dim), dtype)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert attention._suits_cudnn(q, slopes) == expected

@@ -6,7 +6,6 @@ ones. What is beyond a row's end is never read.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.kv.state import Layer
 from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import ROWS, Plan, list_work
+from kivi_jax.pallas_kernels.devices import nvidia_capability
 
 try:
     from kivi_jax.pallas_kernels.decode_attention import gpu_kernel
@@ -128,16 +128,11 @@ def check_supported(q: Array, layer: Layer) -> None:
             f"{q.dtype} and {layer.window_k.dtype}"
         )
     device = jax.devices()[0]
-    if device.platform == "gpu" and not _is_recent(device.compute_capability):
+    if device.platform == "gpu" and (nvidia_capability() or 0) < LEAST_CAPABILITY:
         raise NotImplementedError(
             f"the GPU kernel needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY}, and {device.device_kind} "
             f"has {device.compute_capability}"
         )
-
-
-def _is_recent(capability: str) -> bool:
-    """Not so for AMD's, which are names."""
-    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= LEAST_CAPABILITY
 
 
 def _stored(layer: QuantizedLayer) -> dict[str, Array]:
