@@ -121,7 +121,7 @@ def compile_in_subprocess(
         RuntimeError: the subprocess died; the message has the end of its output.
         subprocess.TimeoutExpired: it took longer than `timeout`.
     """
-    with tempfile.TemporaryDirectory(prefix="kivi-jax-") as name, _one_at_a_time():
+    with tempfile.TemporaryDirectory(prefix="kivi-jax-") as name, _one_at_a_time(target):
         folder = Path(name)
         _dump(folder).mkdir()
         request = {"target": target, "device": device, "build": build, "arguments": arguments}
@@ -149,9 +149,9 @@ def compile_in_subprocess(
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Among processes of this machine: a compilation takes gigabytes and several cores."""
-    with open(Path(tempfile.gettempdir()) / "kivi-jax-compiler.lock", "w") as lock:
+def _one_at_a_time(target: str) -> Iterator[None]:
+    """For a kind of target, among processes of this machine: there can be only one libtpu."""
+    with open(Path(tempfile.gettempdir()) / f"kivi-jax-{target.partition(':')[0]}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
