@@ -137,7 +137,9 @@ def extend(
     def attend_and_store(
         heads: Heads, q: Array, k: Array, v: Array, layer: Layer, stored: Array, lengths: Array
     ) -> tuple[Array, Layer]:
-        out = chunk_attention(q, k, v, layer, stored, **heads._asdict())
+        out = chunk_attention(
+            q, heads.of(k), heads.of(v), layer, stored, heads.alibi_slopes, first_kv_head=heads.first_kv_head
+        )
         counts = jnp.where(after(lengths > 0, out), lengths, 0)
         return out, layer.append_chunk(k, v, stored, counts)
 
@@ -210,12 +212,18 @@ def decode_step(
     def attend_and_store(
         heads: Heads, q: Array, k: Array, v: Array, layer: Layer, lengths: Array, active: Array
     ) -> tuple[Array, Layer]:
-        q, k, v = q[:, 0], k[:, 0], v[:, 0]
         attended = jnp.where(active, lengths, 0)  # rows that have ended must not cost reads
         out = decode_attention(
-            q, k, v, layer, attended, implementation=params.decode_attention, **heads._asdict()
+            q[:, 0],
+            heads.of(k)[:, 0],
+            heads.of(v)[:, 0],
+            layer,
+            attended,
+            heads.alibi_slopes,
+            params.decode_attention,
+            first_kv_head=heads.first_kv_head,
         )
-        return out[:, None], layer.append_token(k, v, lengths, after(active, out))
+        return out[:, None], layer.append_token(k[:, 0], v[:, 0], lengths, after(active, out))
 
     def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
         return partition.attend(attend_and_store, q, k, v, layer, state.lengths, active)

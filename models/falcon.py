@@ -2,18 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from kivi_jax.models.decoder import Decoder
 from kivi_jax.models.fields import read_flag, read_positive, read_sizes, refuse_other_arithmetic
-from kivi_jax.models.layers import Attend, Attention, Embedding, Linear, project
-from kivi_jax.models.rope import Angles, RopeScaling, inverse_frequencies, read_rope, rotary_angles
+from kivi_jax.models.layers import Attend, Attention, Linear
+from kivi_jax.models.rope import Angles, RopeScaling, read_rope
 
 # Names in config.json of the checkpoints from before transformers had a Falcon (`RefinedWeb`, `RefinedWebModel`).
 OLDER_NAMES = {
@@ -180,42 +181,11 @@ class FalconLayer(nnx.Module):
         return x + (self.mlp(normed) + attended), layer_kv
 
 
-class Falcon(nnx.Module):
+class Falcon(Decoder):
     """Decoder-only transformer (Almazrouei et al. 2023)."""
 
     def __init__(self, config: FalconConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(
-            [FalconLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
-        )
-        self.norm = layer_norm(config, dtype=dtype, rngs=rngs)
-        if not config.tied_head:
-            self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        layers_kv: Sequence[Any],
-        attend: Attend,
-    ) -> tuple[Float[Array, "B T hidden"], tuple[Any, ...]]:
-        """Final hidden states of `tokens`, and every layer's KV as `attend` left it."""
-        x = self.embed(tokens)
-        config, angles = self.config, None
-        if not config.alibi:
-            frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-            angles = rotary_angles(positions, frequencies, config.rope_scaling)
-        new_layers_kv = []
-        for layer, layer_kv in zip(self.layers, layers_kv, strict=True):
-            x, layer_kv = layer(x, angles, layer_kv, attend)
-            new_layers_kv.append(layer_kv)
-        return self.norm(x), tuple(new_layers_kv)
-
-    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-        """Next-token logits, float32."""
-        kernel = self.embed.embedding if self.config.tied_head else self.head.kernel
-        return project(hidden, kernel[...])
+        super().__init__(config, FalconLayer, layer_norm, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(config: FalconConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:

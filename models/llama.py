@@ -1,13 +1,14 @@
 """The Llama decoder, which Mistral, Qwen2 and Qwen3 share: its configuration, module and weight table."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from kivi_jax.models.decoder import Decoder
 from kivi_jax.models.fields import (
     FULL,
     read_flag,
@@ -17,8 +18,8 @@ from kivi_jax.models.fields import (
     read_sliding_windows,
     refuse_other_arithmetic,
 )
-from kivi_jax.models.layers import Attend, Attention, Embedding, Linear, SwiGLU, project, rms_norm
-from kivi_jax.models.rope import Angles, RopeScaling, inverse_frequencies, read_rope, rotary_angles
+from kivi_jax.models.layers import Attend, Attention, SwiGLU, rms_norm
+from kivi_jax.models.rope import Angles, RopeScaling, read_rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +87,6 @@ class LlamaConfig:
     def alibi_slopes(self) -> None:
         """Positions are rotary."""
 
-    def inverse_frequencies(self) -> Float[Array, " half_dim"]:
-        """Rotation per position of each pair of channels, in radians."""
-        return inverse_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
-
 
 def read_decoder(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `LlamaConfig` that are read alike in all families of this decoder.
@@ -136,7 +133,7 @@ class LlamaLayer(nnx.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.input_norm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.input_norm = norm(config, dtype=dtype, rngs=rngs)
         self.attention = Attention(
             config.hidden_size,
             config.num_heads,
@@ -148,7 +145,7 @@ class LlamaLayer(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.mlp_norm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp_norm = norm(config, dtype=dtype, rngs=rngs)
         self.mlp = SwiGLU(
             config.hidden_size,
             config.intermediate_size,
@@ -165,37 +162,15 @@ class LlamaLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), layer_kv
 
 
-class Llama(nnx.Module):
+class Llama(Decoder):
     """Decoder-only transformer with RMSNorm, rotary positions and SwiGLU (Touvron et al. 2023)."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([LlamaLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
-        if not config.tied_head:
-            self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+        super().__init__(config, LlamaLayer, norm, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        layers_kv: Sequence[Any],
-        attend: Attend,
-    ) -> tuple[Float[Array, "B T hidden"], tuple[Any, ...]]:
-        """Final hidden states of `tokens`, and every layer's KV as `attend` left it."""
-        x = self.embed(tokens)
-        angles = rotary_angles(positions, self.config.inverse_frequencies(), self.config.rope_scaling)
-        new_layers_kv = []
-        for layer, layer_kv in zip(self.layers, layers_kv, strict=True):
-            x, layer_kv = layer(x, angles, layer_kv, attend)
-            new_layers_kv.append(layer_kv)
-        return self.norm(x), tuple(new_layers_kv)
 
-    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-        """Next-token logits, float32."""
-        kernel = self.embed.embedding if self.config.tied_head else self.head.kernel
-        return project(hidden, kernel[...])
+def norm(config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
 
 # Checkpoint name -> parameter path.

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from kivi_jax.models import falcon, llama, mistral, qwen
+from kivi_jax.models.decoder import Decoder
 from kivi_jax.pallas_kernels.decode_attention.api import Implementation
 
 Config = llama.LlamaConfig | falcon.FalconConfig
-Model = llama.Llama | falcon.Falcon
 # (pattern of a checkpoint's whole tensor name, parameter path), or where a tensor holds several parameters
 # (pattern, their paths, split), with split(config, tensor) an array for each path. Their shapes, joined along axis 0,
 # are the tensor's.
@@ -33,7 +33,7 @@ class Family:
     """
 
     config: type[Config]
-    module: Callable[..., Model]
+    module: Callable[..., Decoder]
     weights: tuple[WeightRow, ...]
 
 
@@ -97,7 +97,7 @@ class Params:
     def dtype(self) -> Any:
         return jax.tree.leaves(self.weights)[0].dtype
 
-    def model(self) -> Model:
+    def model(self) -> Decoder:
         """The Flax module with these weights."""
         graph, _ = abstract_model(self.model_type, self.config, self.dtype)
         return nnx.merge(graph, self.weights)

@@ -6,6 +6,7 @@ from flax import nnx
 
 from demo_settings import Params
 from kivi_jax.models.llama import Llama, LlamaConfig
+from kivi_jax.models.rope import inverse_frequencies
 
 
 def initial_params(config: LlamaConfig, seed: int) -> Params:
@@ -61,7 +62,7 @@ def wire_previous_token_heads(
     the key there in phase. The fast channels tell neighbours apart.
     """
     half, fast = config.head_dim // 2, 8
-    angles = np.asarray(config.inverse_frequencies())[:fast]
+    angles = np.asarray(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))[:fast]
     key, value = (head_rows(config, params, 0, kind, 0) for kind in "kv")
     key[:], value[:] = 0, 0
     key[:fast] = 1.2 * shared

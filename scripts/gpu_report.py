@@ -9,19 +9,16 @@ of it, from `<!-- begin NAME -->` to `<!-- end NAME -->`, is replaced; the text 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 import gpu_wheels
 from gpu_compiler import GPUS, CompiledForGPU, Kernel, compile_programs
 from gpu_programs import ATTEND, MERGE
 from gpu_schedule import Loop
-from kivi_jax.pallas_kernels.decode_attention import gpu_kernel
+from kivi_jax.pallas_kernels.decode_attention import gpu_plan
 from programs import Attention
-from report_page import replace_section, table
+from report_page import run, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 TOKENS = 256  # that costs are stated for
@@ -155,7 +152,7 @@ def main_loop(result: CompiledForGPU) -> Loop:
 
 def passes() -> float:
     """Of the main loop for `TOKENS`."""
-    return TOKENS / gpu_kernel.TILE
+    return TOKENS / gpu_plan.TILE
 
 
 def cost_section() -> Iterator[str]:
@@ -174,7 +171,7 @@ def _cost_rows() -> Iterator[list[str]]:
     for case, result in succeeded("h100"):
         loop, attention = main_loop(result), case.attention()
         # A program has up to ROWS query heads of a KV head.
-        programs = -(-attention.query_heads // attention.kv_heads // gpu_kernel.ROWS)
+        programs = -(-attention.query_heads // attention.kv_heads // gpu_plan.ROWS)
         warps = programs * result.kernels[ATTEND].threads // 32
         issue = loop.instructions * warps * passes() / SCHEDULERS
         units = {
@@ -201,7 +198,7 @@ def versions_section() -> Iterator[str]:
     yield f"Tables written by {names}."
 
 
-SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
+SECTIONS = {
     "versions": versions_section,
     "resources": resources_section,
     "loop": loop_section,
@@ -209,16 +206,5 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
-def main(
-    section: Annotated[
-        list[str] | None, typer.Option(help=f"of {', '.join(SECTIONS)}; all by default")
-    ] = None,
-) -> None:
-    page = PAGE.read_text()
-    for name in section or SECTIONS:
-        page = replace_section(page, name, SECTIONS[name]())
-    PAGE.write_text(page)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run(PAGE, SECTIONS)

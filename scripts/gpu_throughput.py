@@ -16,16 +16,14 @@ import jax.numpy as jnp
 from jax import Array
 
 import kivi_jax
+from abstract_models import MODELS, abstract_params, array_bytes
 from gpu_worker import Record, reason, serve
 from kivi_jax import KVConfig
 from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.kv.config import PRESETS, UNQUANTIZED_BITS
 from kivi_jax.models.llama import LlamaConfig
-from kivi_jax.models.registry import abstract_model
 from kivi_jax.sampling import Greedy
-from memory_report import MODELS, abstract
 
-DTYPE = jnp.bfloat16
 PADDED_TO = 64  # tokens of a prompt; `generate` pads to as much or more
 USED = 0.98  # of the allocator's memory; the rest is for its gaps
 SEARCHES = 4  # batches that are compiled for, to find the largest
@@ -60,7 +58,7 @@ class Load:
 
     @property
     def weights_bytes(self) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params.weights))
+        return array_bytes(self.params.weights)
 
     def state_bytes(self, batch: int) -> int:
         return kivi_jax.kv_bytes(
@@ -98,11 +96,6 @@ class Load:
             jax.random.split(key, batch),
             jnp.ones(batch, bool),
         )
-
-
-def abstract_params(config: LlamaConfig) -> kivi_jax.Params:
-    _, weights = abstract_model("llama", config, jnp.dtype(DTYPE))
-    return kivi_jax.Params(jax.tree.map(abstract, weights), "llama", config)
 
 
 def random_params(params: kivi_jax.Params) -> kivi_jax.Params:
@@ -192,7 +185,7 @@ def measure(
     kv = (
         PRESETS["bf16"] if bits == UNQUANTIZED_BITS else KVConfig(bits, bits, residual_length=residual_length)
     )
-    load = Load(abstract_params(SMALL if small else MODELS["llama-2-7b"]), kv, prompt, new)
+    load = Load(abstract_params("llama", SMALL if small else MODELS["llama-2-7b"]), kv, prompt, new)
     limit = limit or int(USED * device_memory()["bytes_limit"])
     began = time.perf_counter()
     batch, programs = largest_batch(load, limit) if batch is None else (batch, load.programs(batch))

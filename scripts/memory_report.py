@@ -12,87 +12,22 @@ import dataclasses
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 import typer
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import kivi_jax
-from kivi_jax.decoding import Decoding, continue_decoding
-from kivi_jax.models.falcon import FalconConfig
-from kivi_jax.models.llama import LlamaConfig
-from kivi_jax.models.registry import Config, abstract_model
-from kivi_jax.sampling import Greedy
-
-MODELS = {
-    "llama-3.2-1b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=64,
-        max_positions=131072,
-        rope_theta=500000.0,
-        tied_head=True,
-    ),
-    "llama-2-7b": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        max_positions=4096,
-    ),
-    "llama-2-13b": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_layers=40,
-        num_heads=40,
-        num_kv_heads=40,
-        head_dim=128,
-        max_positions=4096,
-    ),
-    "mistral-7b": LlamaConfig(  # v0.3, which has no sliding window
-        vocab_size=32768,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        max_positions=32768,
-        rope_theta=1000000.0,
-    ),
-    "llama-3-8b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        max_positions=8192,
-        rope_theta=500000.0,
-    ),
-    "falcon-7b": FalconConfig(
-        vocab_size=65024,
-        hidden_size=4544,
-        intermediate_size=18176,
-        num_layers=32,
-        num_heads=71,
-        num_kv_heads=1,
-        max_positions=2048,
-    ),
-}
-
-
-def model_type(config: Config) -> str:
-    return "falcon" if isinstance(config, FalconConfig) else "llama"
+from abstract_models import (
+    MODELS,
+    abstract,
+    abstract_decoding,
+    abstract_params,
+    array_bytes,
+    loop_arguments,
+    model_type,
+)
+from kivi_jax.decoding import continue_decoding
+from kivi_jax.models.registry import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,19 +53,9 @@ def decode_loop_memory(
         dtype: of weights and activations.
         topology: a TPU topology, such as "v5e:2x2", to compile for one chip of; None for the devices that are there.
     """
-    _, weights = abstract_model(model_type(config), config, jnp.dtype(dtype))
-    params = kivi_jax.Params(jax.tree.map(abstract, weights), model_type(config), config)
-    state = jax.eval_shape(lambda: kivi_jax.init_state(params, batch, capacity, kv))
-    decoding = Decoding(
-        state=state,
-        tokens=jax.ShapeDtypeStruct((batch, 128), jnp.int32),
-        steps=jax.ShapeDtypeStruct((), jnp.int32),
-        last=jax.ShapeDtypeStruct((batch,), jnp.int32),
-        active=jax.ShapeDtypeStruct((batch,), bool),
-        keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
-    )
-    end_tokens, until = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    arguments = (params, decoding, end_tokens, Greedy(), until)
+    params = abstract_params(model_type(config), config, dtype)
+    decoding = abstract_decoding(params, batch, capacity, kv)
+    arguments = loop_arguments(params, decoding)
     if topology is None:
         lowered = continue_decoding.lower(*arguments)
     else:
@@ -139,17 +64,11 @@ def decode_loop_memory(
         lowered = continue_decoding.trace(*arguments).lower(lowering_platforms=("tpu",))
     memory = lowered.compile().memory_analysis()
     return LoopMemory(
-        weights=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)),
-        state=kivi_jax.kv_bytes(state),
+        weights=array_bytes(params.weights),
+        state=kivi_jax.kv_bytes(decoding.state),
         temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
     )
-
-
-def abstract(
-    leaf: jax.ShapeDtypeStruct, sharding: SingleDeviceSharding | None = None
-) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def main(

@@ -9,21 +9,17 @@ TPU_WORKER_HOSTNAMES=localhost.
 
 import collections
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import typer
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import kivi_jax
+from abstract_models import MODELS, abstract_decoding, abstract_params, array_bytes, loop_arguments
 from kivi_jax.decoding import Decoding, continue_decoding
-from kivi_jax.partition import Partition
-from kivi_jax.sampling import Greedy
-from kivi_jax.weights import abstract_weights, nested
-from memory_report import MODELS
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -34,38 +30,9 @@ def topology_mesh(topology: str, data: int = 1) -> Mesh:
     return Mesh(chips.reshape(data, -1), ("data", "model"))
 
 
-def abstract_params(model_type: str, config: Any, dtype: str, mesh: Mesh) -> kivi_jax.Params:
-    """A model without weights, but with their shapes and places on a mesh."""
-    weights = abstract_weights(model_type, config, jnp.dtype(dtype), mesh)
-    return kivi_jax.Params(nested(weights), model_type, config, mesh=mesh)
-
-
-def abstract_decoding(
-    params: kivi_jax.Params, batch: int, capacity: int, kv: str, tokens: int = 128
-) -> Decoding:
-    """The decode loop's carry, without contents, on the mesh of `params`."""
-    decoding = Decoding(
-        state=jax.eval_shape(lambda: kivi_jax.init_state(params, batch, capacity, kv)),
-        tokens=jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
-        steps=jax.ShapeDtypeStruct((), jnp.int32),
-        last=jax.ShapeDtypeStruct((batch,), jnp.int32),
-        active=jax.ShapeDtypeStruct((batch,), bool),
-        keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
-    )
-    shardings = Partition.of(params.config, params.mesh, batch).shardings(decoding)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        decoding,
-        shardings,
-    )
-
-
 def compile_decode_loop(params: kivi_jax.Params, decoding: Decoding) -> jax.stages.Compiled:
     """For the mesh of `params`, without running it."""
-    everywhere = NamedSharding(params.mesh, PartitionSpec())
-    end_tokens = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=everywhere)
-    until = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    traced = continue_decoding.trace(params, decoding, end_tokens, Greedy(), until)
+    traced = continue_decoding.trace(*loop_arguments(params, decoding))
     return traced.lower(lowering_platforms=(params.mesh.devices.flat[0].platform,)).compile()
 
 
@@ -90,9 +57,8 @@ def main(
     decoding = abstract_decoding(params, batch, capacity, kv)
     compiled = compile_decode_loop(params, decoding)
     memory = compiled.memory_analysis()
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params.weights))
     print(f"mesh {dict(params.mesh.shape)}: MiB in all, and of one chip")
-    print(f"weights     {weights / 2**20:10.1f}")
+    print(f"weights     {array_bytes(params.weights) / 2**20:10.1f}")
     print(f"KV state    {kivi_jax.kv_bytes(decoding.state) / 2**20:10.1f}")
     print(f"arguments   {'':10} {memory.argument_size_in_bytes / 2**20:10.1f}")
     print(f"in place    {'':10} {memory.alias_size_in_bytes / 2**20:10.1f}")

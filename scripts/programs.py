@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 import kivi_jax
+from abstract_models import abstract_decoding, abstract_params, array_bytes, loop_arguments
 from kivi_jax.decoding import Decoding, continue_decoding, start_decoding
 from kivi_jax.kv import KVConfig, KVState
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.kv.quantized import QuantizedLayer
-from kivi_jax.models.registry import FAMILIES, Config, abstract_model
+from kivi_jax.models.registry import FAMILIES, Config
 from kivi_jax.sampling import Greedy
 from offline_compiler import Program
 
@@ -77,16 +78,8 @@ def decode_loop(
 ) -> Program:
     """The whole decode loop, in bfloat16, of a model whose configuration has the fields `config`."""
     params = abstract_params(model_type, read_config(model_type, config))
-    decoding = Decoding(
-        state=loop_state(model_type, config, kv, batch, capacity),
-        tokens=jax.ShapeDtypeStruct((batch, 128), jnp.int32),
-        steps=jax.ShapeDtypeStruct((), jnp.int32),
-        last=jax.ShapeDtypeStruct((batch,), jnp.int32),
-        active=jax.ShapeDtypeStruct((batch,), bool),
-        keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
-    )
-    end_tokens, until = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    return Program(name, continue_decoding, (params, decoding, end_tokens, Greedy(), until))
+    decoding = abstract_decoding(params, batch, capacity, kv)
+    return Program(name, continue_decoding, loop_arguments(params, decoding))
 
 
 def prefills(devices: Sequence[Any], cases: dict[str, dict[str, Any]]) -> Iterator[Program]:
@@ -133,14 +126,3 @@ def read_config(model_type: str, fields: dict[str, Any]) -> Config:
     """From fields that may have been through JSON."""
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return FAMILIES[model_type].config(**fields)
-
-
-def abstract_params(model_type: str, config: Config) -> kivi_jax.Params:
-    _, weights = abstract_model(model_type, config, jnp.dtype(jnp.bfloat16))
-    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights)
-    return kivi_jax.Params(weights, model_type, config)
-
-
-def array_bytes(tree: Any) -> int:
-    """Of all arrays in it, which can be abstract."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,7 +1,27 @@
 """Pages of which scripts write some sections, those from `<!-- begin NAME -->` to `<!-- end NAME -->`."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(page: Path, sections: Mapping[str, Callable[[], Iterable[str]]]) -> None:
+    """The command line of a script that writes `sections` of `page`, each as its function says."""
+
+    def main(
+        section: Annotated[
+            list[str] | None, typer.Option(help=f"of {', '.join(sections)}; all by default")
+        ] = None,
+    ) -> None:
+        text = page.read_text()
+        for name in section or sections:
+            text = replace_section(text, name, sections[name]())
+        page.write_text(text)
+
+    typer.run(main)
 
 
 def replace_section(page: str, name: str, lines: Iterable[str]) -> str:

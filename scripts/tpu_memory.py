@@ -24,14 +24,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kivi_jax
+from abstract_models import MODELS, abstract_decoding, abstract_params, model_type
 from kivi_jax import KVConfig
 from kivi_jax.decoding import PREFILL_TOKENS, start_decoding
 from kivi_jax.generation import PromptBatch
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.models.registry import Config
 from kivi_jax.sampling import Greedy
-from memory_report import MODELS, model_type
-from mesh_report import abstract_decoding, abstract_params, compile_decode_loop
+from mesh_report import compile_decode_loop
 
 GIB = 2**30
 DTYPE = "bfloat16"

@@ -12,19 +12,18 @@ import functools
 import importlib.metadata
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import typer
 
-import memory_report
+import abstract_models
+from abstract_models import abstract_params, array_bytes
 from kivi_jax.kv.dense import DenseLayer
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan
-from programs import Attention, abstract_params, array_bytes
-from report_page import replace_section, table
+from programs import Attention
+from report_page import run, table
 from tpu_compiler import CHIPS, compile_programs
 from tpu_programs import plan_of
 from tpu_schedule import Schedule
@@ -70,7 +69,10 @@ SHAPES = {
 }
 BITS = {"kivi2": 2, "kivi4": 4}
 # Of the projection: those of `SHAPES` as whole models, and rows × tokens of each.
-MODELS = {"Llama 2 7B": memory_report.MODELS["llama-2-7b"], "Llama 3 8B": memory_report.MODELS["llama-3-8b"]}
+MODELS = {
+    "Llama 2 7B": abstract_models.MODELS["llama-2-7b"],
+    "Llama 3 8B": abstract_models.MODELS["llama-3-8b"],
+}
 LOADS = ((4, 1024), (8, 4096), (32, 4096), (8, 32768))
 
 
@@ -250,7 +252,7 @@ def versions_section() -> Iterator[str]:
     yield f"Tables written by {names}."
 
 
-SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
+SECTIONS = {
     "versions": versions_section,
     "cost": cost_section,
     "memory": memory_section,
@@ -258,16 +260,5 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
-def main(
-    section: Annotated[
-        list[str] | None, typer.Option(help=f"of {', '.join(SECTIONS)}; all by default")
-    ] = None,
-) -> None:
-    page = PAGE.read_text()
-    for name in section or SECTIONS:
-        page = replace_section(page, name, SECTIONS[name]())
-    PAGE.write_text(page)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run(PAGE, SECTIONS)

@@ -62,3 +62,15 @@ def write_checkpoint(folder: Path, tensors: Tensors | None = None, **changes: An
     (folder / "config.json").write_text(json.dumps(config))
     save_file(random_tensors(config) if tensors is None else tensors, folder / "model.safetensors")
     return folder
+
+
+def write_shards(folder: Path, tensors: Tensors, shards: int = 3) -> None:
+    """Shards in place of the single file, which would win over their index."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    weight_map = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[shard::shards])
+        save_file(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

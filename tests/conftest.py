@@ -1,4 +1,4 @@
-"""Checks the shapes in kivi_jax's annotations at run time; must run before anything imports kivi_jax."""
+"""Checks the shapes in kivi_jax's annotations at run time, and has the models that several tests share."""
 
 import os
 
@@ -9,9 +9,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import jaxlib
 import jaxtyping
+import pytest
+from tokenizers import Tokenizer, models
 
 jaxtyping.install_import_hook("kivi_jax", "beartype.beartype")
+
+import kivi_jax  # noqa: E402
+from tests.checkpoints import TINY, write_checkpoint  # noqa: E402
 
 
 def pytest_report_header() -> str:
     return f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, backend {jax.default_backend()}"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return kivi_jax.load(write_checkpoint(tmp_path_factory.mktemp("tiny")), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def lettered(tmp_path_factory):
+    """A model whose tokens are words w0, w1, … of a real tokenizer file."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("lettered"))
+    vocabulary = {f"w{token}": token for token in range(TINY["vocab_size"])}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return kivi_jax.load(folder, dtype="float32")

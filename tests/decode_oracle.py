@@ -69,9 +69,32 @@ def check(
     attend = jax.jit(lambda *args: decode_attention(*args, slopes, interpret=True))
     out = np.asarray(attend(q, k, v, layer, state.lengths), np.float64)
     expected = oracle(q, k, v, state, sliding_window, slopes)
-    for row, length in enumerate(lengths):
-        error = ((out[row] - expected[row]) ** 2).sum() / (expected[row] ** 2).sum()
-        assert error <= NMSE, f"row of {length} tokens: normalised MSE {error:.1e}"
+    _compare(out, expected, [f"row of {length} tokens" for length in lengths])
+
+
+def check_some_kv_heads(decode_attention: Callable, config):
+    """`decode_attention` of the queries of 2 KV heads out of 8, as a device of a mesh that holds all KV heads does."""
+    layer, state = stored(config, 8, 128, [0, 300, 129], 400)
+    generator = np.random.default_rng(1)
+    q = jnp.asarray(generator.standard_normal((3, 16, 128)), jnp.bfloat16)
+    k, v = jnp.asarray(generator.standard_normal((2, 3, 8, 128)), jnp.bfloat16)
+    expected = oracle(q, k, v, state)
+
+    @jax.jit
+    def attend(q, first):
+        own = (jax.lax.dynamic_slice_in_dim(x, first, 2, axis=1) for x in (k, v))
+        return decode_attention(q, *own, layer, state.lengths, first_kv_head=first, interpret=True)
+
+    for first in (0, 2, 6):
+        heads = slice(2 * first, 2 * first + 4)
+        out = np.asarray(attend(q[:, heads], first), np.float64)
+        _compare(out, expected[:, heads], [f"row {row}, KV heads from {first} on" for row in range(3)])
+
+
+def _compare(out, expected, names):
+    for name, row, right in zip(names, out, expected, strict=True):
+        error = ((row - right) ** 2).sum() / (right**2).sum()
+        assert error <= NMSE, f"{name}: normalised MSE {error:.1e}"
 
 
 def edges(residual, block, capacity):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 import kivi_jax
 import mesh_report
+from abstract_models import abstract_decoding, abstract_params
 from kivi_jax import KVConfig
 from kivi_jax.decoding import decode_step
 from kivi_jax.kv import kv_bytes
@@ -19,7 +20,7 @@ from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import Params, abstract_model
 from kivi_jax.partition import Partition
 from kivi_jax.weights import abstract_weights, flat, nested
-from mesh_report import abstract_decoding, abstract_params, collectives, compile_decode_loop
+from mesh_report import collectives, compile_decode_loop
 
 MODEL = Mesh(jax.devices(), ("model",))
 BOTH = Mesh(np.reshape(jax.devices(), (2, 2)), ("data", "model"))
@@ -195,9 +196,7 @@ def test_report_prints_the_parts(monkeypatch, capsys):
     monkeypatch.setattr(mesh_report, "MODELS", {"tiny": llama(4, 2)[1]})
     mesh_report.main(model="tiny", batch=4, capacity=256, dtype="float32")
     lines = capsys.readouterr().out.splitlines()
-    state = mesh_report.abstract_decoding(
-        abstract_params(*llama(4, 2), "float32", BOTH), 4, 256, "kivi2"
-    ).state
+    state = abstract_decoding(abstract_params(*llama(4, 2), "float32", BOTH), 4, 256, "kivi2").state
     assert f"KV state    {kv_bytes(state) / 2**20:10.1f}" in lines
     (attention,) = (line for line in lines if line.endswith("f32[2,64]"))  # two rows of two devices
     assert attention.split()[:2] == ["2", "all-reduce"]  # of attention and feed-forward

@@ -8,15 +8,11 @@ import pytest
 
 import kivi_jax
 import memory_report
+from abstract_models import MODELS
 from kivi_jax import KVConfig
 from kivi_jax.decoding import PREFILL_TOKENS
 from tests.checkpoints import TINY, random_tensors, write_checkpoint
 from tests.numpy_kivi import NumpyLlama
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return kivi_jax.load(write_checkpoint(tmp_path_factory.mktemp("tiny")), dtype="float32")
 
 
 def ragged_prompts(lengths):
@@ -250,7 +246,7 @@ def test_step_takes_one_token_a_row(tiny, shape, monkeypatch):
 @pytest.mark.parametrize("kv", ["kivi2", "bf16"])
 def test_decode_loop_updates_the_state_in_place(kv):
     """Llama 3.2 1B in shape: temporaries are a small part of the state, and all of the state is aliased."""
-    shape = memory_report.MODELS["llama-3.2-1b"]
+    shape = MODELS["llama-3.2-1b"]
     memory = memory_report.decode_loop_memory(shape, kv, batch=16, capacity=4096, dtype="float32")
     assert memory.aliased >= memory.state
     assert memory.temporaries < 0.05 * memory.state

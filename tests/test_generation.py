@@ -1,69 +1,22 @@
-"""generate and stream on a tiny random model."""
+"""generate and stream on a tiny random model: tokens, samples, log-probabilities, bad input."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import kivi_jax
 from kivi_jax import KVConfig
 from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.generation import PromptBatch, _bucket
 from kivi_jax.sampling import Greedy
-from kivi_jax.text import encode
-from tests.checkpoints import TINY, write_checkpoint
+from tests.checkpoints import write_checkpoint
 
 PROMPTS = [[1, 2, 3], list(range(40)), [7] * 130, list(range(100, 0, -1))]
 SAMPLED = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
-SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<|{{ message.role }}|>{{ message.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return kivi_jax.load(write_checkpoint(tmp_path_factory.mktemp("tiny")), dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def lettered(tmp_path_factory):
-    """A model whose tokens are words w0, w1, … of a real tokenizer file."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("lettered"))
-    vocabulary = {f"w{token}": token for token in range(TINY["vocab_size"])}
-    Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    return kivi_jax.load(folder, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory):
-    """A model with a chat template, whose tokenizer begins every text with a special token and, as SentencePiece has
-    it, decodes the first word without its space."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("chatty"), bos_token_id=0)
-    words = SPECIAL + [f"▁w{token}" for token in range(len(SPECIAL), TINY["vocab_size"])]
-    vocabulary = {word: token for token, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    fields = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
-    return kivi_jax.load(folder, dtype="float32")
 
 
 def likeliest(logits, tokens):
@@ -232,21 +185,6 @@ def test_logprobs_are_the_models_own(tiny):
         assert dataclasses.replace(completion, logprobs=None) == without
 
 
-def test_logprobs_stay_aligned_where_completions_are_cut(lettered):
-    whole = kivi_jax.generate(lettered, "w1", max_new_tokens=30, logprobs=True)
-    assert len(whole.logprobs) == 30
-    stop = whole.text[20:26]
-    ended = dataclasses.replace(lettered, end_tokens=(whole.tokens[10],))
-    for steps in (
-        list(kivi_jax.stream(lettered, "w1", max_new_tokens=30, logprobs=True, stop=stop, chunk=4)),
-        list(kivi_jax.stream(ended, "w1", max_new_tokens=30, logprobs=True, chunk=4)),
-    ):
-        assert steps[-1][0].finish_reason == "stop"
-        for (completion,) in steps:
-            assert completion.tokens == whole.tokens[: len(completion.tokens)]
-            assert completion.logprobs == whole.logprobs[: len(completion.tokens)]
-
-
 def test_stream_grows_into_the_result(lettered):
     expected = kivi_jax.generate(lettered, ["w1 w2", "w3"], max_new_tokens=20)
     steps = list(kivi_jax.stream(lettered, ["w1 w2", "w3"], max_new_tokens=20, chunk=6))
@@ -256,117 +194,6 @@ def test_stream_grows_into_the_result(lettered):
         for partial, whole in zip(step, expected, strict=True):
             assert partial.tokens == whole.tokens[: len(partial.tokens)]
             assert partial.finish_reason is None
-
-
-def test_stop_strings_end_before_themselves(lettered):
-    whole = kivi_jax.generate(lettered, ["w1", "w2"], max_new_tokens=30)
-    stop = whole[0].text[20:26]
-    stopped = kivi_jax.generate(lettered, ["w1", "w2"], max_new_tokens=30, stop=[stop, "never"])
-    for before, after in zip(whole, stopped, strict=True):
-        assert after.text == before.text.split(stop)[0]
-        assert after.finish_reason == ("stop" if stop in before.text else "length")
-        assert after.tokens == before.tokens[: len(after.tokens)]
-        decoded = "".join(f" w{token}" for token in after.tokens)
-        assert (stop in decoded) == (stop in before.text)
-        assert stop not in decoded.rpartition(" ")[0]
-
-
-def test_stream_never_shows_what_a_stop_string_takes_back(lettered):
-    whole = kivi_jax.generate(lettered, ["w1"], max_new_tokens=30)[0].text
-    words = whole.split()
-    stop = " ".join(words[10:15])
-    assert whole.count(stop) == 1
-    expected = whole.split(stop)[0]
-    shown = [
-        step[0].text for step in kivi_jax.stream(lettered, ["w1"], max_new_tokens=30, stop=stop, chunk=1)
-    ]
-    assert shown[-1] == expected
-    assert all(expected.startswith(text) for text in shown)
-    assert len(shown) < 20
-
-
-def test_text_continues_the_prompt(tmp_path):
-    """Tokenizers that strip the first space of what they decode don't lose the one after the prompt."""
-    folder = write_checkpoint(tmp_path)
-    vocabulary = {f"▁w{token}": token for token in range(TINY["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="▁w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    params = kivi_jax.load(folder, dtype="float32")
-    completion = kivi_jax.generate(params, "w1 w2", max_new_tokens=5)
-    assert completion.text == "".join(f" w{token}" for token in completion.tokens)
-
-
-MESSAGES = [
-    {"role": "system", "content": "w10 w11"},
-    {"role": "user", "content": "w12"},
-    {"role": "assistant", "content": "w13"},
-    {"role": "user", "content": "w14 w15"},
-]
-# As the template has it: one <s>, and <|assistant|> at the end.
-MESSAGE_IDS = [0, 2, 10, 11, 3, 12, 4, 13, 3, 14, 15, 4]
-
-
-def test_conversations_are_encoded_by_their_template(chatty):
-    assert encode(chatty, [MESSAGES, "w10", [5, 6]]) == [MESSAGE_IDS, [0, 10], [5, 6]]
-
-
-def test_special_token_stops_though_no_text_shows_it(chatty):
-    settings = {"max_new_tokens": 60, "temperature": 100.0, "seed": 3}
-    free = kivi_jax.generate(chatty, [MESSAGE_IDS], **settings)[0]
-    place = next(i for i, token in enumerate(free.tokens) if token < len(SPECIAL))
-    stop = ["w200", SPECIAL[free.tokens[place]]]
-    stopped = kivi_jax.generate(chatty, [MESSAGE_IDS], stop=stop, **settings)[0]
-    assert (stopped.tokens, stopped.finish_reason) == (free.tokens[:place], "stop")
-
-
-def test_conversation_is_answered(chatty):
-    expected = kivi_jax.generate(chatty, [MESSAGE_IDS], max_new_tokens=20)[0].tokens
-    answer = kivi_jax.generate(chatty, MESSAGES, max_new_tokens=20)
-    assert answer.tokens == expected
-    # A text of its own: no space before its first word, and nothing of the prompt.
-    assert answer.text == " ".join(f"w{token}" for token in expected if token > 4)
-    assert kivi_jax.generate(chatty, [MESSAGES], max_new_tokens=20) == [answer]
-    steps = [completion for (completion,) in kivi_jax.stream(chatty, MESSAGES, max_new_tokens=20, chunk=5)]
-    assert steps[-1] == answer
-    assert all(answer.text.startswith(step.text) for step in steps)
-    samples = kivi_jax.generate(chatty, MESSAGES, max_new_tokens=20, temperature=1.0, n=2)
-    assert all(isinstance(sample, kivi_jax.Completion) for sample in samples)
-
-
-def test_text_after_a_special_token_keeps_its_space(chatty):
-    """A prompt that was formatted by hand is a text, which its completion continues."""
-    prompt = "<|user|>w12<|assistant|>"
-    completion = kivi_jax.generate(chatty, prompt, max_new_tokens=10)
-    assert completion.text == "".join(f" w{token}" for token in completion.tokens if token > 4)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        ([{"content": "w7"}], "a message of prompt 0 needs a 'role', got {'content': 'w7'}"),
-        ([[5], [{"content": "w10"}]], "a message of prompt 1 needs"),
-        ({"role": "user", "content": "w10"}, "a single message in a list"),
-        ([{"role": "user", "content": "w10"}, "w11"], "a list of messages, got {'role'"),
-        (
-            [{"role": "tool", "content": "w10"}],
-            "chat template does not take this conversation: no tools here",
-        ),
-    ],
-)
-def test_bad_conversations_are_one_clear_error(chatty, prompts, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
-    with pytest.raises(ValueError, match=message):
-        kivi_jax.generate(chatty, prompts)
-
-
-def test_conversations_need_a_chat_template(tiny, lettered):
-    with pytest.raises(ValueError, match="no tokenizer"):
-        kivi_jax.generate(tiny, MESSAGES)
-    with pytest.raises(ValueError, match="no chat template, so it can't take messages"):
-        kivi_jax.generate(lettered, MESSAGES)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -431,19 +258,6 @@ def test_bad_input_is_one_clear_error(tiny, prompts, options, message, monkeypat
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
     with pytest.raises(ValueError, match=message):
         kivi_jax.generate(tiny, prompts, **options)
-
-
-def test_empty_text_is_refused(lettered):
-    with pytest.raises(ValueError, match="prompt 0 is empty"):
-        kivi_jax.generate(lettered, "")
-
-
-def test_damaged_tokenizer_is_one_clear_error(tmp_path):
-    folder = write_checkpoint(tmp_path)
-    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": ')
-    params = kivi_jax.load(folder, dtype="float32")
-    with pytest.raises(ValueError, match="the tokenizer can't be loaded"):
-        kivi_jax.generate(params, "text")
 
 
 def test_new_lengths_rarely_compile(tiny):

@@ -1,22 +1,19 @@
-"""Checkpoints in, or one clear error."""
+"""Checkpoints in: weights in their places, from folders and the Hub, on one device and on meshes."""
 
 import dataclasses
 import io
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
-import warnings
 from fnmatch import fnmatch
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import tqdm as progress
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import kivi_jax
 import loading_report
@@ -24,19 +21,7 @@ from kivi_jax import CheckpointError
 from kivi_jax.loading import DEMO_FOLDER, HUB_FILES
 from kivi_jax.models.registry import FAMILIES
 from kivi_jax.weights import flat
-from tests.checkpoints import TINY, random_tensors, write_checkpoint
-
-
-def write_shards(folder, tensors, shards=3):
-    """Shards in place of the single file, which would win over their index."""
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    weight_map = {}
-    for shard in range(shards):
-        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(tensors.items())[shard::shards])
-        save_file(part, folder / name)
-        weight_map |= dict.fromkeys(part, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+from tests.checkpoints import TINY, random_tensors, write_checkpoint, write_shards
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "float64"])
@@ -114,232 +99,6 @@ def test_a_single_file_wins_over_an_index(tmp_path):
         kivi_jax.load(folder)
 
 
-def test_sampling_that_generate_lacks_is_named(tmp_path):
-    folder = write_checkpoint(tmp_path)
-    (folder / "generation_config.json").write_text('{"do_sample": true, "typical_p": 0.5, "eta_cutoff": 0.0}')
-    with pytest.warns(UserWarning, match="generate has no typical_p;"):
-        params = kivi_jax.load(folder)
-    assert params.sampling == {"temperature": 1.0}
-
-
-def test_all_problems_are_reported_at_once(tmp_path):
-    tensors = random_tensors(TINY)
-    del tensors["model.norm.weight"], tensors["lm_head.weight"]
-    tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((5, 7), np.float32)
-    tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
-    with pytest.raises(CheckpointError) as error:
-        kivi_jax.load(write_checkpoint(tmp_path, tensors))
-    lines = str(error.value).splitlines()[1:]
-    assert sorted(lines) == [
-        "  missing the tensor for head.kernel",
-        "  missing the tensor for norm.scale",
-        "  model.layers.0.self_attn.q_proj.weight has shape (5, 7), expected (128, 48)",
-        "  unexpected model.layers.7.mlp.up_proj.weight",
-    ]
-
-
-def no_config(folder):
-    (folder / "config.json").unlink()
-
-
-def broken_config(folder):
-    (folder / "config.json").write_text('{"model_type": "llama",')
-
-
-def list_config(folder):
-    (folder / "config.json").write_text("[]")
-
-
-def cut_short(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def garbage(folder):
-    (folder / "model.safetensors").write_bytes(b"\x80\x04 not tensors at all")
-
-
-def empty(folder):
-    (folder / "model.safetensors").write_bytes(b"")
-
-
-def no_weights(folder):
-    (folder / "model.safetensors").unlink()
-
-
-def pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def missing_shard(folder):
-    write_shards(folder, random_tensors(TINY))
-    (folder / "model-00002-of-00003.safetensors").unlink()
-
-
-def write_index(folder, text):
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(text)
-
-
-def outside_shard(folder):
-    write_index(folder, '{"weight_map": {"a": "../other.safetensors"}}')
-
-
-def listed_map(folder):
-    write_index(folder, '{"weight_map": ["a"]}')
-
-
-def folder_as_file(folder):
-    write_index(folder, '{"weight_map": {"a": ".."}}')
-
-
-def mapped_to_pickles(folder):
-    write_index(folder, '{"weight_map": {"a": "pytorch_model.bin"}}')
-
-
-def empty_map(folder):
-    write_index(folder, '{"weight_map": {}}')
-
-
-def shard_cut_short(folder):
-    write_shards(folder, random_tensors(TINY))
-    file = folder / "model-00002-of-00003.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def repeated_tensor(folder):
-    write_shards(folder, random_tensors(TINY))
-    file = folder / "model-00002-of-00003.safetensors"
-    save_file(load_file(file) | {"model.embed_tokens.weight": np.zeros((101, 48), np.float32)}, file)
-
-
-def repeated_key(folder):
-    """One file with two tensors of a name, which Python's and Rust's JSON parsers would make one of."""
-    file = folder / "model.safetensors"
-    content = file.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
-    again = header["model.norm.weight"] | {"data_offsets": [len(data), len(data) + 48 * 4]}
-    text = f'{json.dumps(header)[:-1]}, "model.norm.weight": {json.dumps(again)}}}'.encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + data + bytes(48 * 4))
-
-
-def changed(name, change):
-    """Damage: the tensor `name` changed."""
-
-    def damage(folder):
-        tensors = random_tensors(TINY)
-        tensors[name] = change(tensors[name])
-        write_checkpoint(folder, tensors)
-
-    return damage
-
-
-def last_value(value):
-    def change(tensor):
-        tensor[-1, -1] = value
-        return tensor
-
-    return change
-
-
-def setting(name, value):
-    """Damage: a setting in generation_config.json."""
-
-    def damage(folder):
-        (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, name: value}))
-
-    return damage
-
-
-def named_end(folder):
-    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-
-
-def integers(folder):
-    tensors = random_tensors(TINY)
-    tensors["model.norm.weight"] = np.ones(48, np.int32)
-    write_checkpoint(folder, tensors)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (no_config, "has no config.json"),
-        (broken_config, "is not valid JSON"),
-        (list_config, "must hold a JSON object"),
-        (cut_short, "damaged or cut short"),
-        (garbage, "damaged or cut short"),
-        (empty, "damaged or cut short"),
-        (no_weights, r"lacks model.safetensors$"),
-        (pickled, "pickled .bin weights are never loaded"),
-        (missing_shard, "lacks model-00002-of-00003.safetensors"),
-        (outside_shard, "outside the folder"),
-        (listed_map, "must map tensors to files"),
-        (named_end, "eos_token_id must be a token id or a list of them, got '</s>'"),
-        (integers, "model.norm.weight is I32, expected one of BF16, F16, F32, F64"),
-        (changed("lm_head.weight", lambda x: x.astype(ml_dtypes.float8_e4m3fn)), "lm_head.weight is F8_E4M3"),
-        (changed("lm_head.weight", last_value(np.nan)), "lm_head.weight holds NaN or infinity"),
-        (
-            changed("model.embed_tokens.weight", last_value(-np.inf)),
-            "embed_tokens.weight holds NaN or infinity",
-        ),
-        (
-            changed("model.layers.0.mlp.up_proj.weight", lambda x: np.ascontiguousarray(x.T)),
-            r"up_proj.weight has shape \(48, 80\), expected \(80, 48\)",
-        ),
-        (folder_as_file, "outside the folder"),
-        (mapped_to_pickles, "or not safetensors: .'pytorch_model.bin'"),
-        (empty_map, "must map tensors to files"),
-        (shard_cut_short, "model-00002-of-00003.safetensors is damaged or cut short"),
-        (repeated_key, "damaged or cut short"),
-        (repeated_tensor, "both hold model.embed_tokens.weight"),
-        (setting("temperature", "hot"), "temperature is out of range: 'hot'"),
-        (setting("temperature", -1), "temperature is out of range: -1"),
-        (setting("temperature", float("nan")), "temperature is out of range: nan"),
-        (setting("top_k", 2.5), "top_k is out of range: 2.5"),
-        (setting("top_k", True), "top_k is out of range: True"),
-        (setting("top_p", 0), "top_p is out of range: 0"),
-        (setting("min_p", [0.1]), "min_p is out of range"),
-        (setting("repetition_penalty", 0), "repetition_penalty is out of range: 0"),
-        (setting("do_sample", "yes"), "do_sample must be true or false, got 'yes'"),
-    ],
-)
-def test_damage_is_one_clear_error(tmp_path, damage, message):
-    folder = write_checkpoint(tmp_path / "model")
-    damage(folder)
-    with pytest.raises(CheckpointError, match=message):
-        kivi_jax.load(folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported, only llama"),
-        ({"model_type": None}, "model_type None is not supported"),
-        ({"hidden_size": None, "vocab_size": None}, "lacks the fields vocab_size, hidden_size"),
-        ({"hidden_size": "48"}, "positive whole numbers, got {'hidden_size': '48'}"),
-        ({"hidden_act": "gelu"}, "'gelu' is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "needs positive numbers, got {'factor': 0}"),
-        ({"model_type": ["llama"]}, "is not supported, only llama"),
-        ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number"),
-        ({"rope_scaling": {"rope_type": ["yarn"]}}, "is not supported, only default"),
-        ({"rope_parameters": "none"}, "rope_parameters must be an object"),
-        ({"head_dim": 33}, "even whole number"),
-        ({"head_dim": None, "hidden_size": 50}, "even whole number"),
-        ({"num_key_value_heads": 3}, "not a multiple"),
-    ],
-)
-def test_unsupported_configurations_are_refused(tmp_path, changes, message):
-    folder = write_checkpoint(tmp_path)
-    (folder / "config.json").write_text(json.dumps(TINY | changes))
-    with pytest.raises(CheckpointError, match=message):
-        kivi_jax.load(folder)
-
-
 def test_missing_folder_and_wrong_dtype(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no folder '/nowhere/at/all'"):
         kivi_jax.load("/nowhere/at/all")
@@ -348,24 +107,6 @@ def test_missing_folder_and_wrong_dtype(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="no folder 'nobody/nothing', and no such model"):
         kivi_jax.load("nobody/nothing")
-
-
-def test_floats_beyond_float16_are_refused_only_there(tmp_path):
-    folder = tmp_path / "model"
-    changed("model.norm.weight", lambda x: x * 1e5)(folder)
-    with pytest.raises(CheckpointError, match="beyond float16's range; load it as bfloat16 or float32"):
-        kivi_jax.load(folder, "float16")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kivi_jax.load(folder, "bfloat16")
-
-
-def test_many_problems_are_cut_short(tmp_path):
-    tensors = random_tensors(TINY) | {f"extra.{number}": np.zeros(1, np.float32) for number in range(100)}
-    with pytest.raises(CheckpointError) as error:
-        kivi_jax.load(write_checkpoint(tmp_path, tensors))
-    assert len(str(error.value).splitlines()) == 22
-    assert str(error.value).endswith("and 80 more")
 
 
 def test_progress_counts_bytes(tmp_path, monkeypatch):
@@ -471,106 +212,11 @@ def test_hub_downloads_what_is_needed_and_nothing_else():
             assert any(fnmatch(name, pattern) for pattern in HUB_FILES) == expected, name
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({}, {}),
-        ({"temperature": 0.6, "top_p": 0.9}, {}),  # do_sample defaults to false
-        ({"do_sample": False, "top_k": 5, "repetition_penalty": 1.05}, {"repetition_penalty": 1.05}),
-        ({"do_sample": True}, {"temperature": 1.0}),
-        (
-            {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
-            {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
-        ),
-        (
-            {"do_sample": True, "temperature": None, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
-            {"temperature": 1.0},
-        ),
-    ],
-)
-def test_sampling_defaults(tmp_path, fields, expected):
-    folder = write_checkpoint(tmp_path)
-    (folder / "generation_config.json").write_text(json.dumps(fields))
-    params = kivi_jax.load(folder)
-    assert params.sampling == expected
-    hash(jax.tree.structure(params))  # compiled functions look it up
-
-
-@pytest.mark.parametrize(
-    ("config_eos", "generation_eos", "expected"),
-    [(None, None, ()), (2, None, (2,)), ([2, 3], None, (2, 3)), (2, [4, 5], (4, 5))],
-)
-def test_end_tokens(tmp_path, config_eos, generation_eos, expected):
-    folder = write_checkpoint(tmp_path, eos_token_id=config_eos)
-    if generation_eos:
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
-    assert kivi_jax.load(folder).end_tokens == expected
-
-
 def test_demo_is_a_real_checkpoint():
     params = kivi_jax.load("demo")
     assert params.tokenizer is not None
     assert params.config.max_positions >= 2048
     assert params.config.num_heads > params.config.num_kv_heads
-
-
-def biased(folder, biases, **changes):
-    """A checkpoint with these key biases, layer by layer."""
-    config = TINY | {"attention_bias": True, "num_hidden_layers": len(biases)} | changes
-    tensors = random_tensors(config)
-    for layer, bias in enumerate(biases):
-        prefix = f"model.layers.{layer}.self_attn."
-        for name, size in (("q", 128), ("k", 64), ("v", 64), ("o", 48)):
-            tensors[f"{prefix}{name}_proj.bias"] = np.zeros(size, np.float32)
-        tensors[f"{prefix}k_proj.bias"] = bias.astype(np.float32)
-    return write_checkpoint(folder, tensors, **config)
-
-
-def ordinary(seed, std=0.3):
-    return std * np.random.default_rng(seed).standard_normal(64)
-
-
-def test_large_key_biases_get_one_notice(tmp_path):
-    large = ordinary(0)
-    large[10] = -150.0  # the keys of these weights have a standard deviation of 0.25 · √48 = 1.7
-    folder = biased(tmp_path / "large", [large, ordinary(1), large])
-    with pytest.warns(UserWarning, match="key biases of layers 0, 2") as caught:
-        kivi_jax.load(folder)
-    (warning,) = caught
-    message = str(warning.message)
-    assert 'kv="kivi4"' in message
-    assert 'overrides={0: "bf16", 2: "bf16"}' in message
-    ratio = int(message.partition(" times ")[0].rpartition(" ")[2])
-    assert 150 / 1.9 < ratio < 150 / 1.6
-
-
-def test_the_worst_layers_are_proposed_to_be_kept(tmp_path):
-    folder = biased(tmp_path, [ordinary(0, std=10.0 + layer) for layer in range(6)])
-    with pytest.warns(UserWarning, match="layers 0, 1, 2, 3, 4, 5 are") as caught:
-        kivi_jax.load(folder)
-    message = str(caught[0].message)
-    assert 'overrides={2: "bf16", 3: "bf16", 4: "bf16", 5: "bf16"}' in message
-
-
-def test_ordinary_key_biases_get_none(tmp_path):
-    folder = biased(tmp_path / "ordinary", [ordinary(0), ordinary(1, std=1.0)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kivi_jax.load(folder)
-
-
-def test_large_biases_are_measured_against_the_weights(tmp_path):
-    tensors = random_tensors(TINY)
-    folder = biased(tmp_path, [ordinary(0, std=10.0)] * 2)
-    with pytest.warns(UserWarning, match="layers 0, 1"):
-        kivi_jax.load(folder)
-    tensors = load_file(folder / "model.safetensors")
-    for layer in range(2):  # larger keys: the norm before them scales more
-        tensors[f"model.layers.{layer}.input_layernorm.weight"] *= 10
-    save_file(tensors, folder / "model.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kivi_jax.load(folder)
 
 
 # Prints, for meshes of 4 devices, what `test_a_mesh_splits_the_weights` compares.

@@ -39,6 +39,10 @@ class DenseLayer:
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), sliding_window)
 
     @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
     def slots(self) -> int:
         return self.k.shape[2]
 

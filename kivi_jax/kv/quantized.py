@@ -119,6 +119,10 @@ class QuantizedLayer:
         return Quantized(self.v_codes, self.v_scale, self.v_zero)
 
     @property
+    def num_kv_heads(self) -> int:
+        return self.window_k.shape[1]
+
+    @property
     def blocks(self) -> int:
         """Packed blocks that a row can hold."""
         return self.v_scale.shape[-1] // self.config.residual_length

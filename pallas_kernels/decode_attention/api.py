@@ -27,7 +27,6 @@ def decode_attention(
     alibi_slopes: Slopes | None = None,
     implementation: Implementation = "auto",
     *,
-    kv_heads: int | None = None,
     first_kv_head: int | Array = 0,
 ) -> Float[Array, "B Hq D"]:
     """Attends the `lengths` tokens that `layer` stores and the new token (k, v), which it does not hold yet.
@@ -37,17 +36,16 @@ def decode_attention(
 
     Args:
         q: the new token's queries.
-        k: its keys.
-        v: its values.
-        layer: what is stored.
+        k: its keys, of the KV heads that q has queries of.
+        v: its values, likewise.
+        layer: what is stored, of these KV heads or more.
         lengths: stored tokens of each row.
         alibi_slopes: one a query head, those of `alibi_bias`.
         implementation: `"xla"` runs everywhere; `"pallas_tpu"` is the TPU kernel and `"pallas_gpu"` that for NVIDIA
             GPUs, which other devices interpret, slowly; `"auto"` is the kernel for the platform that a program is
             compiled for, where there is one that takes these shapes, and else XLA.
-        kv_heads: q has the queries of only so many KV heads, those from `first_kv_head` on; by default of all H. The
-            kernel then reads only them, and nothing is copied.
-        first_kv_head: see `kv_heads`.
+        first_kv_head: where the KV heads of q, k and v begin among those of `layer`, a multiple of their number. Only
+            they are read, and the kernels copy nothing.
 
     Raises:
         NotImplementedError: the kernel that was asked for does not take these shapes or dtypes; the message says why.
@@ -60,10 +58,10 @@ def decode_attention(
         )
     if alibi_slopes is not None:
         alibi_slopes = jnp.asarray(alibi_slopes, jnp.float32)
-    return _dispatch(q, k, v, layer, lengths, alibi_slopes, first_kv_head, implementation, kv_heads)
+    return _dispatch(q, k, v, layer, lengths, alibi_slopes, first_kv_head, implementation)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "kv_heads"))
+@functools.partial(jax.jit, static_argnames="implementation")
 def _dispatch(
     q: Float[Array, "B Hq D"],
     k: Float[Array, "B H D"],
@@ -73,14 +71,9 @@ def _dispatch(
     alibi_slopes: Float[Array, " Hq"] | None,
     first_kv_head: int | Array,
     implementation: Implementation,
-    kv_heads: int | None,
 ) -> Float[Array, "B Hq D"]:
     """Compiled, so that layers alike are traced once: the kernel takes a while."""
-    options: dict[str, Any] = {
-        "alibi_slopes": alibi_slopes,
-        "kv_heads": kv_heads,
-        "first_kv_head": first_kv_head,
-    }
+    options: dict[str, Any] = {"alibi_slopes": alibi_slopes, "first_kv_head": first_kv_head}
     arguments = (q, k, v, layer, lengths)
     reference: Callable[..., Array] = functools.partial(_reference, **options)
     kernels = {
@@ -120,14 +113,13 @@ def chunk_attention(
     lengths: Int[Array, " B"],
     alibi_slopes: Slopes | None = None,
     *,
-    kv_heads: int | None = None,
     first_kv_head: int | Array = 0,
 ) -> Float[Array, "B T Hq D"]:
     """The same for T new tokens a row, each of which also attends those before it, exactly. Always XLA.
 
     No matrix of all scores exists: memory grows with T and not with T times the stored tokens.
     """
-    return xla.stored_attention(q, k, v, layer, lengths, alibi_slopes, kv_heads, first_kv_head)
+    return xla.stored_attention(q, k, v, layer, lengths, alibi_slopes, first_kv_head)
 
 
 def _reference(

@@ -33,14 +33,12 @@ def decode_attention(
     lengths: Int[Array, " B"],
     alibi_slopes: Sequence[float] | Float[Array, " Hq"] | None = None,
     *,
-    kv_heads: int | None = None,
     first_kv_head: int | Array = 0,
     interpret: bool = False,
 ) -> Float[Array, "B Hq D"]:
     """`api.decode_attention` as one kernel.
 
     Args:
-        kv_heads: how many KV heads `q` has queries of, if not all: `first_kv_head` (a multiple of it) and those after.
         interpret: run anywhere, slowly.
 
     Raises:
@@ -49,9 +47,7 @@ def decode_attention(
     check_supported(q, layer)
     assert isinstance(layer, QuantizedLayer)
     batch, heads, head_dim = q.shape
-    kv_heads = kv_heads or k.shape[1]
-    if kv_heads != k.shape[1]:
-        k, v = (jax.lax.dynamic_slice_in_dim(x, first_kv_head, kv_heads, axis=1) for x in (k, v))
+    kv_heads = k.shape[1]
     shared = heads // kv_heads
     plan = make_plan(layer, shared, kv_heads, alibi_slopes is not None)
     inputs = _inputs(plan, q, k, v, alibi_slopes) | _stored(plan, layer)

@@ -11,6 +11,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan
+from kivi_jax.pallas_kernels.decode_attention.tpu_registers import (
+    dot,
+    dot_transposed,
+    iota,
+    pack_rows,
+    round_to_bfloat16,
+    split_lanes,
+    take_lanes,
+    take_ordered,
+    tile_rows,
+    unpack_rows,
+)
 from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES, ROWS_16_BIT, SUBLANES, Tiles
 
 
@@ -110,17 +122,17 @@ class _Step:
             self._prepare_queries(head, q.astype(jnp.float32) * plan.query_scale)
         new = jnp.sum(q.astype(jnp.float32) * new_k, axis=1, keepdims=True)
         new_score = self._finish(jnp.broadcast_to(new, (plan.rows, LANES)), self.length, head)[:, :1]
-        age = jax.lax.rem(self.length + (plan.residual - 1), plan.residual) - _iota(plan.residual)
+        age = jax.lax.rem(self.length + (plan.residual - 1), plan.residual) - iota(plan.residual)
         token = self.length - 1 - jnp.where(age < 0, age + plan.residual, age)
         pieces = [(refs["window_k"], refs["window_v"], token, token >= jnp.maximum(self.oldest, 0))]
         if plan.sinks:
-            token = _iota(plan.sinks)
+            token = iota(plan.sinks)
             live = token < self.length
             if plan.window is not None:
                 live &= token > self.length - plan.window
             pieces.append((refs["sink_k"], refs["sink_v"], token, live))
         scores = [
-            jnp.where(live, self._finish(_dot_transposed(q, keys[head]), token, head), -jnp.inf)
+            jnp.where(live, self._finish(dot_transposed(q, keys[head]), token, head), -jnp.inf)
             for keys, _, token, live in pieces
         ]
         maximum = functools.reduce(jnp.maximum, [x.max(1, keepdims=True) for x in scores], new_score)
@@ -129,7 +141,7 @@ class _Step:
         for (_, values, *_), score in zip(pieces, scores, strict=True):
             probabilities = jnp.exp2(score - maximum)
             denominator += probabilities.sum(1, keepdims=True)
-            weighted += _dot(probabilities.astype(jnp.bfloat16), values[head])
+            weighted += dot(probabilities.astype(jnp.bfloat16), values[head])
         refs["maximum"][head] = jnp.broadcast_to(maximum, (plan.rows, LANES))
         refs["denominator"][head] = jnp.broadcast_to(denominator / LANES, (plan.rows, LANES))
         refs["weighted"][head] = weighted
@@ -137,7 +149,7 @@ class _Step:
     def _prepare_queries(self, head: Array, q: Array) -> None:
         """With scales of two slots, even and odd rows, each twice, pack into rows of both."""
         half = SUBLANES // 2
-        for column, lanes in enumerate(_columns(q)):
+        for column, lanes in enumerate(split_lanes(q)):
             queries = self.refs["queries"].at[column, head]
             queries[2 * SUBLANES :] = lanes
             for i in range(4):
@@ -178,10 +190,10 @@ class _Step:
 
     def _bias(self, token: Array, head: Array) -> Array:
         """`alibi_bias` of tokens on lanes, base 2."""
-        slopes = _round_to_bfloat16(self.refs["slopes"][head])
+        slopes = round_to_bfloat16(self.refs["slopes"][head])
         lanes = 1 if token.ndim == 0 else token.shape[-1]
-        position = _round_to_bfloat16(jnp.broadcast_to(token, (1, lanes)).astype(jnp.float32))
-        return _round_to_bfloat16(slopes[:, :1] * position) * self.plan.score_scale
+        position = round_to_bfloat16(jnp.broadcast_to(token, (1, lanes)).astype(jnp.float32))
+        return round_to_bfloat16(slopes[:, :1] * position) * self.plan.score_scale
 
     def prepare_keys(self, u: int, head: Array, chunk: Array) -> None:
         """What `score` needs of the scales."""
@@ -197,7 +209,7 @@ class _Step:
             high = middle.astype(jnp.bfloat16)
             low = (middle - high.astype(jnp.float32)).astype(jnp.bfloat16)
             q = refs["q"][head, : plan.rows, : plan.head_dim]
-            products = _dot_transposed(q, jnp.concatenate([high, low], axis=0)) * plan.query_scale
+            products = dot_transposed(q, jnp.concatenate([high, low], axis=0)) * plan.query_scale
             refs["key_middles"][u, 0, :, : 2 * groups] = products
         if keys.halves == 2:
             scale = jnp.concatenate([scale, scale], axis=1)
@@ -214,7 +226,7 @@ class _Step:
         for name in ("v_scale", "v_zero"):
             array = jnp.where(live, refs[name][head, :, lanes].astype(jnp.float32), 0)
             tiles = [array[:, i : i + values.tokens] for i in range(0, plan.chunk, values.tokens)]
-            ordered.append(_take_ordered(jnp.concatenate(tiles, axis=0), values.token_of_lane))
+            ordered.append(take_ordered(jnp.concatenate(tiles, axis=0), values.token_of_lane))
         scale, zero = ordered
         factor = values.unit / values.middle
         zero = zero * factor + scale * (values.middle_code * factor)
@@ -223,7 +235,7 @@ class _Step:
 
     def _store_repeated(self, name: str, place: tuple[int, ...], x: Array, repeats: int) -> None:
         """Every row `repeats` times, in a buffer `[..., columns, rows, 128]`."""
-        for column, lanes in enumerate(_columns(x)):
+        for column, lanes in enumerate(split_lanes(x)):
             for i in range(repeats):
                 self.refs[name].at[*place, column][pl.ds(i, x.shape[0], stride=repeats)] = lanes
 
@@ -308,17 +320,17 @@ class _Step:
                     scaled.append((code - keys.middle) * scale.astype(jnp.bfloat16))
                 else:  # even and odd rows are of the same words, and so of the same groups
                     scale = self._load_columns("key_scales", u, pl.ds(start, SUBLANES))
-                    even, odd = _unpack_rows(pltpu.bitcast(code, jnp.int32), self.interpret)
+                    even, odd = unpack_rows(pltpu.bitcast(code, jnp.int32), self.interpret)
                     even, odd = (even - keys.middle) * scale, (odd - keys.middle) * scale
-                    scaled.append(pltpu.bitcast(_pack_rows(even, odd, self.interpret), jnp.bfloat16))
+                    scaled.append(pltpu.bitcast(pack_rows(even, odd, self.interpret), jnp.bfloat16))
         q = self.refs["q"][head]
-        products = _dot_transposed(q, jnp.concatenate(scaled, axis=0)) * plan.query_scale
+        products = dot_transposed(q, jnp.concatenate(scaled, axis=0)) * plan.query_scale
         middles = self.refs["key_middles"][u, 0]
-        group_of_lane = _tile_rows(keys.group_of_lane(), plan.rows)
+        group_of_lane = tile_rows(keys.group_of_lane(), plan.rows)
         scores = []
         for tile in range(tiles):
             high = group_of_lane + tile * keys.groups
-            middle = _take_lanes(middles, high) + _take_lanes(middles, high + groups)
+            middle = take_lanes(middles, high) + take_lanes(middles, high + groups)
             for half in range(keys.halves):
                 rows = slice(half * plan.rows, (half + 1) * plan.rows)
                 scores.append(products[rows, tile * LANES : (tile + 1) * LANES] + middle)
@@ -342,7 +354,7 @@ class _Step:
         folded, sums = [], []
         for pair in range(plan.chunk // (2 * plan.copies * keys.group_size)):
             scale = self._load_columns("key_scales", u, pl.ds(pair * SUBLANES, SUBLANES))
-            rows = pltpu.bitcast(_pack_rows(even * scale, odd * scale, self.interpret), jnp.bfloat16)
+            rows = pltpu.bitcast(pack_rows(even * scale, odd * scale, self.interpret), jnp.bfloat16)
             folded.append(rows)
             # What the rounded rows add up to, so that the numbers' constant part cancels exactly.
             rounded = rows.astype(jnp.float32)
@@ -356,13 +368,13 @@ class _Step:
         wide = min(plan.product_tiles, tiles)
         for start in range(0, tiles, wide):
             pair = start * slots // 2
-            product = _dot_transposed(
+            product = dot_transposed(
                 jnp.concatenate(folded[pair : -(-(start + wide) * slots // 2)], axis=0),
                 jnp.concatenate(
                     [self._tile(keys, "k_codes", head, chunk, start + i) for i in range(wide)], axis=0
                 ),
             )
-            for i, of_tile in enumerate(_columns(product)):
+            for i, of_tile in enumerate(split_lanes(product)):
                 kept = constant = jnp.zeros((SUBLANES, LANES), jnp.float32)
                 for slot in range(slots):
                     number = (start + i) * slots + slot
@@ -388,11 +400,11 @@ class _Step:
             probabilities = [
                 x
                 for i in range(0, len(probabilities), values.halves)
-                for x in _columns(
-                    _take_ordered(jnp.concatenate(probabilities[i : i + values.halves], axis=1), key_lane)
+                for x in split_lanes(
+                    take_ordered(jnp.concatenate(probabilities[i : i + values.halves], axis=1), key_lane)
                 )
             ]
-        codes = [_columns(self._tile(values, "v_codes", head, chunk, tile)) for tile in range(tiles)]
+        codes = [split_lanes(self._tile(values, "v_codes", head, chunk, tile)) for tile in range(tiles)]
         slots = plan.slots // plan.copies
         lane = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1)
         own = self._own(lane >> (values.group_size.bit_length() - 1))
@@ -414,8 +426,8 @@ class _Step:
                         scale, zero = (refs["value_scales"][u, i, half, row] for i in range(2))
                         pair.append(probability * scale)
                         constants[s] += probability * zero
-                    words = _pack_rows(pair[0], pair[-1], self.interpret)
-                    rounded = _unpack_rows(words, self.interpret)
+                    words = pack_rows(pair[0], pair[-1], self.interpret)
+                    rounded = unpack_rows(words, self.interpret)
                     rows.append(pltpu.bitcast(words, jnp.bfloat16))
                     for i, s in enumerate(members):
                         constants[s] -= rounded[i]
@@ -423,7 +435,7 @@ class _Step:
             left = jnp.concatenate([jnp.concatenate(rows, axis=0) for rows in packed], axis=1)
             right = jnp.concatenate([code[column] for code in codes], axis=0)
             sums = refs["sums"].at[u, column]
-            sums[...] = _dot(left, right)
+            sums[...] = dot(left, right)
             output = jnp.zeros((plan.rows, LANES), jnp.float32)
             for slot in range(slots):
                 start = slot // 2 * 2 * plan.rows + slot % 2
@@ -435,65 +447,3 @@ class _Step:
             (output,) = outputs
             outputs = [output[:, : plan.head_dim] + output[:, plan.head_dim :]]
         return jnp.concatenate(outputs, axis=1) * (1 / values.unit)
-
-
-def _iota(size: int) -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
-
-
-def _dot_transposed(a: Array, b: Array) -> Array:
-    """a · bᵀ"""
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _columns(x: Array) -> list[Array]:
-    """Of a register's lanes each."""
-    return [jax.lax.slice_in_dim(x, i, i + LANES, axis=1) for i in range(0, x.shape[1], LANES)]
-
-
-def _take_lanes(x: Array, lanes: Array) -> Array:
-    return jnp.take_along_axis(x, lanes, axis=1, mode="promise_in_bounds")
-
-
-def _take_ordered(x: Array, source: Callable[[int], Array]) -> Array:
-    """The lanes of `x`, of one or two registers, in another order: register i takes `source(i)` of them all."""
-    columns = _columns(x)
-    ordered: list[Array] = []
-    for i in range(len(columns)):
-        lanes = jnp.broadcast_to(source(i)[:1], columns[0].shape)
-        taken = [_take_lanes(column, lanes & (LANES - 1)) for column in columns]
-        ordered.append(taken[0] if len(taken) == 1 else jnp.where(lanes < LANES, taken[0], taken[1]))
-    return jnp.concatenate(ordered, axis=1)
-
-
-def _tile_rows(x: Array, rows: int) -> Array:
-    return jnp.concatenate([x] * (rows // x.shape[0]), axis=0)
-
-
-def _pack_rows(even: Array, odd: Array, interpret: bool) -> Array:
-    """Words of which the halves are `even` and `odd` as bfloat16: bitcast to that, they are rows in turn."""
-    if interpret:  # which lacks the instruction
-        rows = jnp.stack([even, odd], axis=1).reshape(2 * even.shape[0], even.shape[1])
-        return pltpu.bitcast(rows.astype(jnp.bfloat16), jnp.int32)
-    return pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16)
-
-
-def _unpack_rows(words: Array, interpret: bool) -> list[Array]:
-    """The even and the odd rows, float32."""
-    if interpret:
-        return [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (words << 16, words & -0x10000)]
-    return [
-        pltpu.unpack_elementwise(words, index=i, packed_dtype=jnp.bfloat16, unpacked_dtype=jnp.float32)
-        for i in range(2)
-    ]
-
-
-def _round_to_bfloat16(x: Array) -> Array:
-    """As a float32; to even. By its bits, as a cast there and back may be optimised away."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    odd = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)) & 1
-    return jax.lax.bitcast_convert_type((bits + 0x7FFF + odd) & -0x10000, jnp.float32)

@@ -106,20 +106,19 @@ def stored_attention(
     layer: Layer,
     lengths: Int[Array, " B"],
     alibi_slopes: Slopes | None = None,
-    kv_heads: int | None = None,
     first_kv_head: int | Array = 0,
 ) -> Float[Array, "B T Hq D"]:
     """Attention of T new tokens a row over those that `layer` stores, the new ones before them, and themselves.
 
-    With `kv_heads`, q has only the queries of so many KV heads from `first_kv_head` on.
+    `layer` may have more KV heads than q, k and v: they are those from `first_kv_head` on.
     """
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    if kv_heads is not None:
-        k, v, layer = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, first_kv_head, kv_heads, axis=1), (k, v, layer)
+    _, kv_heads, new, _ = k.shape
+    if kv_heads != layer.num_kv_heads:
+        layer = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first_kv_head, kv_heads, axis=1), layer
         )
-    new = k.shape[2]
-    queries = Queries.group(q, k.shape[1], lengths, layer.sliding_window, alibi_slopes)
+    queries = Queries.group(q, kv_heads, lengths, layer.sliding_window, alibi_slopes)
     sums = _attend_new(queries, k, v)
     if isinstance(layer, DenseLayer):
         sums = _attend_dense(sums, queries, layer, lengths, block=layer.slots if new == 1 else EXACT_BLOCK)

@@ -13,7 +13,14 @@ from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.mistral import MistralConfig
 from kivi_jax.models.qwen import Qwen2Config, Qwen3Config
 from kivi_jax.models.registry import FAMILIES, Config
-from kivi_jax.models.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope, rotary_angles
+from kivi_jax.models.rope import (
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    YarnRope,
+    inverse_frequencies,
+    rotary_angles,
+)
 from parity_report import GOLDENS
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -153,8 +160,14 @@ def test_original_length_beside_the_rope_parameters_wins():
 
 
 def test_llama3_rope_has_all_three_regimes():
-    unscaled = read("llama_gqa", rope_parameters={"rope_theta": 500000.0}).inverse_frequencies()
-    ratio = np.asarray(read("llama_gqa").inverse_frequencies() / unscaled)
+    unscaled, scaled = (
+        inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        for config in (
+            read("llama_gqa", rope_parameters={"rope_theta": 500000.0}),
+            read("llama_gqa"),
+        )
+    )
+    ratio = np.asarray(scaled / unscaled)
     np.testing.assert_allclose(ratio[:2], 1, rtol=1e-6)
     assert np.all((ratio[2:4] > 1 / 8) & (ratio[2:4] < 1))
     np.testing.assert_allclose(ratio[4:], 1 / 8, rtol=1e-6)

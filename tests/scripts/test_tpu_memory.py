@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 import kivi_jax
 import tpu_memory
+from abstract_models import abstract_params
 from kivi_jax.models.llama import LlamaConfig
 from tpu_memory import Line, Memory
 
@@ -32,7 +33,7 @@ def mesh():
 def test_arrays_are_weights_and_state(mesh):
     """Of the whole model, though programs are compiled for one layer."""
     memory = tpu_memory.measure_shapes(TINY, "kivi2", prompt=128, capacity=256, mesh=mesh)
-    params = tpu_memory.abstract_params("llama", TINY, "bfloat16", mesh)
+    params = abstract_params("llama", TINY, "bfloat16", mesh)
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params.weights))
     state = jax.eval_shape(lambda: kivi_jax.init_state(params, 1, 256, "kivi2"))
     assert memory.arrays.fixed == pytest.approx(weights, rel=0.01)
@@ -44,7 +45,7 @@ def test_arrays_are_weights_and_state(mesh):
 def test_peak_is_that_of_the_whole_program(mesh):
     """At a batch that nothing was compiled for; a tiny model's activations are most of it, so only roughly."""
     memory = tpu_memory.measure_shapes(TINY, "bf16", prompt=128, capacity=256, mesh=mesh)
-    params = tpu_memory.abstract_params("llama", TINY, "bfloat16", mesh)
+    params = abstract_params("llama", TINY, "bfloat16", mesh)
     compiled = tpu_memory.peak_of_prefill(params, 100, 128, 256, "bf16")
     assert (memory.arrays + memory.prefill).at(100) == pytest.approx(compiled, rel=0.2)
 

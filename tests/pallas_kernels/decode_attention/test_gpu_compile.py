@@ -5,7 +5,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -14,10 +13,10 @@ from gpu_compiler import GPUS, CompiledForGPU, compile_programs
 from gpu_programs import ATTEND, MERGE
 from kivi_jax.kv import kv_bytes
 from kivi_jax.pallas_kernels.decode_attention import gpu
-from kivi_jax.pallas_kernels.decode_attention.gpu_kernel import TILE
+from kivi_jax.pallas_kernels.decode_attention.gpu_plan import TILE
 from offline_compiler import Program
 from programs import Attention, loop_state
-from tests.compiled import names_of_arrays, succeeded
+from tests.compiled import check_loop, names_of_arrays, succeeded
 from tests.hlo import Module
 
 pytestmark = pytest.mark.skipif(
@@ -101,17 +100,7 @@ def test_decode_loop_updates_the_state_in_place():
     (result,) = compile_programs(ALL, "programs:decode_loops", cases={"": LOOP}).values()
     compiled = succeeded(result)
     assert {ATTEND, MERGE} <= compiled.kernels.keys()
-    state = loop_state(**LOOP)
-    assert compiled.alias_bytes >= kv_bytes(state)
-    assert compiled.temporary_bytes <= 0.1 * kv_bytes(state)
-    module = Module(compiled.hlo)
-    read = [module.arguments_read(kernel) for kernel in module.kernels()]
-    for i, layer in enumerate(state.layers):
-        arrays = names_of_arrays(layer, f"decoding.state.layers[{i}]")
-        assert any(arrays <= names for names in read), f"no kernel reads all of {sorted(arrays)}"
-    dtypes = {"int32": "s32", "bfloat16": "bf16"}
-    stored = {(dtypes[leaf.dtype.name], leaf.size) for leaf in jax.tree.leaves(state.layers)}
-    assert [move.text for move in module.moves_in_loops() if move.array in stored] == []
+    check_loop(compiled, loop_state(**LOOP))
 
 
 @pytest.mark.parametrize("kv", ["kivi2", "bf16"])

@@ -6,17 +6,15 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 import tpu_programs
 import tpu_report
-from kivi_jax.kv import kv_bytes
 from kivi_jax.pallas_kernels.decode_attention import tpu
 from offline_compiler import Compiled, Program
 from programs import Attention, loop_state
-from tests.compiled import names_of_arrays, succeeded
+from tests.compiled import check_loop, names_of_arrays, succeeded
 from tests.hlo import Module
 from tpu_compiler import CHIPS, compile_programs
 
@@ -119,17 +117,7 @@ def test_decode_loop_updates_the_state_in_place(chip, name, request):
     if LOOPS[name]["config"]["head_dim"] == 64:
         request.applymarker(pytest.mark.xfail(strict=True, reason="see KNOWN_COPIES"))
     compiled = succeeded(compile_loops(chip)[name])
-    state = loop_state(**LOOPS[name], batch=LOOP_ROWS, capacity=LOOP_CAPACITY)
-    assert compiled.alias_bytes >= kv_bytes(state)
-    assert compiled.temporary_bytes <= 0.1 * kv_bytes(state)
-    module = Module(compiled.hlo)
-    read = [module.arguments_read(kernel) for kernel in module.kernels()]
-    for i, layer in enumerate(state.layers):
-        arrays = names_of_arrays(layer, f"decoding.state.layers[{i}]")
-        assert any(arrays <= names for names in read), f"no kernel reads all of {sorted(arrays)}"
-    dtypes = {"int32": "s32", "bfloat16": "bf16"}
-    stored = {(dtypes[leaf.dtype.name], leaf.size) for leaf in jax.tree.leaves(state.layers)}
-    assert [move.text for move in module.moves_in_loops() if move.array in stored] == []
+    check_loop(compiled, loop_state(**LOOPS[name], batch=LOOP_ROWS, capacity=LOOP_CAPACITY))
 
 
 def copying_kernels(devices: Sequence[Any]) -> Iterator[Program]:

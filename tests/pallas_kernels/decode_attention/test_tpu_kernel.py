@@ -17,7 +17,7 @@ from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import tpu, tpu_plan
 from tests import decode_oracle
-from tests.decode_oracle import NMSE, edges, oracle, stored
+from tests.decode_oracle import check_some_kv_heads, edges, stored
 
 KIVI2 = PRESETS["kivi2"]
 check = functools.partial(decode_oracle.check, tpu.decode_attention)
@@ -113,22 +113,7 @@ def test_position_biases(query_heads, heads, head_dim):
 
 @pytest.mark.usefixtures("one_head_at_a_time")
 def test_queries_of_some_kv_heads():
-    layer, state = stored(KIVI2, 8, 128, [0, 300, 129], 400)
-    generator = np.random.default_rng(1)
-    q = jnp.asarray(generator.standard_normal((3, 16, 128)), jnp.bfloat16)
-    k, v = jnp.asarray(generator.standard_normal((2, 3, 8, 128)), jnp.bfloat16)
-    expected = oracle(q, k, v, state)
-
-    @jax.jit
-    def attend(q, first):
-        return tpu.decode_attention(
-            q, k, v, layer, state.lengths, kv_heads=2, first_kv_head=first, interpret=True
-        )
-
-    for first in (0, 2, 6):
-        heads = slice(2 * first, 2 * first + 4)
-        out = np.asarray(attend(q[:, heads], first), np.float64)
-        assert ((out - expected[:, heads]) ** 2).sum() <= NMSE * (expected[:, heads] ** 2).sum()
+    check_some_kv_heads(tpu.decode_attention, KIVI2)
 
 
 @pytest.mark.usefixtures("one_head_at_a_time")

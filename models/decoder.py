@@ -1,0 +1,61 @@
+"""What decoder-only transformers share: embedding, layers, the norm after them, and the head."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from kivi_jax.models.layers import Attend, Embedding, Linear, project
+from kivi_jax.models.rope import inverse_frequencies, rotary_angles
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden states, and hidden states to logits.
+
+    Args:
+        config: of the family. Positions are rotary unless it has ALiBi slopes.
+        layer: one of the `config.num_layers`, called as `layer(x, angles, layer_kv, attend)`.
+        norm: of what the last layer returns.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer: Callable[..., nnx.Module],
+        norm: Callable[..., nnx.Module],
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = norm(config, dtype=dtype, rngs=rngs)
+        if not config.tied_head:
+            self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        layers_kv: Sequence[Any],
+        attend: Attend,
+    ) -> tuple[Float[Array, "B T hidden"], tuple[Any, ...]]:
+        """Final hidden states of `tokens`, and every layer's KV as `attend` left it."""
+        config, angles = self.config, None
+        if config.alibi_slopes is None:
+            frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+            angles = rotary_angles(positions, frequencies, config.rope_scaling)
+        x = self.embed(tokens)
+        new_layers_kv = []
+        for layer, layer_kv in zip(self.layers, layers_kv, strict=True):
+            x, layer_kv = layer(x, angles, layer_kv, attend)
+            new_layers_kv.append(layer_kv)
+        return self.norm(x), tuple(new_layers_kv)
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Next-token logits, float32."""
+        kernel = self.embed.embedding if self.config.tied_head else self.head.kernel
+        return project(hidden, kernel[...])

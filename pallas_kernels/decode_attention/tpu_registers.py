@@ -1,0 +1,72 @@
+"""Matrix products, lanes and rows of a TPU's vector registers, as the decode kernel takes them."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES
+
+
+def iota(size: int) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+
+
+def dot(a: Array, b: Array) -> Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def dot_transposed(a: Array, b: Array) -> Array:
+    """a · bᵀ"""
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def split_lanes(x: Array) -> list[Array]:
+    """Of a register's lanes each."""
+    return [jax.lax.slice_in_dim(x, i, i + LANES, axis=1) for i in range(0, x.shape[1], LANES)]
+
+
+def take_lanes(x: Array, lanes: Array) -> Array:
+    return jnp.take_along_axis(x, lanes, axis=1, mode="promise_in_bounds")
+
+
+def take_ordered(x: Array, source: Callable[[int], Array]) -> Array:
+    """The lanes of `x`, of one or two registers, in another order: register i takes `source(i)` of them all."""
+    columns = split_lanes(x)
+    ordered: list[Array] = []
+    for i in range(len(columns)):
+        lanes = jnp.broadcast_to(source(i)[:1], columns[0].shape)
+        taken = [take_lanes(column, lanes & (LANES - 1)) for column in columns]
+        ordered.append(taken[0] if len(taken) == 1 else jnp.where(lanes < LANES, taken[0], taken[1]))
+    return jnp.concatenate(ordered, axis=1)
+
+
+def tile_rows(x: Array, rows: int) -> Array:
+    return jnp.concatenate([x] * (rows // x.shape[0]), axis=0)
+
+
+def pack_rows(even: Array, odd: Array, interpret: bool) -> Array:
+    """Words of which the halves are `even` and `odd` as bfloat16: bitcast to that, they are rows in turn."""
+    if interpret:  # which lacks the instruction
+        rows = jnp.stack([even, odd], axis=1).reshape(2 * even.shape[0], even.shape[1])
+        return pltpu.bitcast(rows.astype(jnp.bfloat16), jnp.int32)
+    return pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16)
+
+
+def unpack_rows(words: Array, interpret: bool) -> list[Array]:
+    """The even and the odd rows, float32."""
+    if interpret:
+        return [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (words << 16, words & -0x10000)]
+    return [
+        pltpu.unpack_elementwise(words, index=i, packed_dtype=jnp.bfloat16, unpacked_dtype=jnp.float32)
+        for i in range(2)
+    ]
+
+
+def round_to_bfloat16(x: Array) -> Array:
+    """As a float32; to even. By its bits, as a cast there and back may be optimised away."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    odd = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)) & 1
+    return jax.lax.bitcast_convert_type((bits + 0x7FFF + odd) & -0x10000, jnp.float32)
