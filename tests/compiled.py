@@ -1,14 +1,26 @@
 """What tests of compiled programs share."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+from jax import Array
 
+from gpu_compiler import CompiledForGPU
+from gpu_programs import ATTEND, MERGE
 from kivi_jax.kv import KVState, kv_bytes
-from offline_compiler import Compiled
+from kivi_jax.kv.quantized import QuantizedLayer
+from offline_compiler import Compiled, Program
+from programs import Attention
 from tests.hlo import Module
 
 C = TypeVar("C", bound=Compiled)
+
+# Bytes that a GPU thread's instructions may write to local memory and read back for lack of registers, by head_dim.
+SPILLS = {64: 128, 128: 384}
+# Without being asked for more, a block has so much.
+SHARED_MEMORY = 48 * 1024
 
 
 def succeeded(compiled: C | str) -> C:
@@ -19,6 +31,40 @@ def succeeded(compiled: C | str) -> C:
 def names_of_arrays(layer: Any, prefix: str) -> set[str]:
     """Those that JAX gives arguments of a program."""
     return {prefix + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(layer)}
+
+
+def arrays_not_read(compiled: Compiled, case: Attention) -> set[str]:
+    """Of the layer's arrays, those that no kernel reads as they are stored."""
+    module = Module(compiled.hlo)
+    read = set().union(*(module.arguments_read(kernel) for kernel in module.kernels()))
+    return names_of_arrays(case.layer(), "layer") - read
+
+
+def changing_arrays(
+    case: Attention,
+    decode_attention: Callable[..., Array],
+    changes: Mapping[str, Callable[[Array], Array]],
+) -> Program:
+    """`case` with some of the layer's arrays changed first, by their names."""
+    program = case.program("", decode_attention)
+
+    def attend(q: Array, k: Array, v: Array, layer: QuantizedLayer, lengths: Array) -> Array:
+        changed = {name: change(getattr(layer, name)) for name, change in changes.items()}
+        return program.function(q, k, v, dataclasses.replace(layer, **changed), lengths)
+
+    return Program("", attend, program.arguments)
+
+
+def check_gpu_kernels(compiled: CompiledForGPU, case: Attention) -> None:
+    """The two kernels fit a multiprocessor, and nothing copies the cache for them."""
+    assert compiled.kernels.keys() == {ATTEND, MERGE}
+    for kernel in compiled.kernels.values():
+        assert kernel.registers <= 255
+        assert kernel.shared_memory <= SHARED_MEMORY
+    spilled = {name: kernel.spill_stores + kernel.spill_loads for name, kernel in compiled.kernels.items()}
+    assert spilled[MERGE] == 0
+    assert spilled[ATTEND] <= SPILLS[case.head_dim]
+    assert arrays_not_read(compiled, case) == set()
 
 
 def check_loop(compiled: Compiled, state: KVState) -> None:

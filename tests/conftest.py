@@ -23,6 +23,15 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests whose machine code takes seconds to make and runs for milliseconds."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return kivi_jax.load(write_checkpoint(tmp_path_factory.mktemp("tiny")), dtype="float32")
 

@@ -20,6 +20,8 @@ from parity_report import GOLDENS, logits_alone, read_golden
 from tests.dequantized import attend_decoded, decode_state
 from tests.test_decoding import assert_same_logits
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = [
     "llama_gqa",
     "mistral_window",  # both layers within a window of 48
@@ -35,7 +37,7 @@ SHORT = KVConfig(2, 2, group_size=32, residual_length=32)
 SINKS = KVConfig(4, 2, group_size=16, residual_length=32, sink_tokens=5, overrides={-1: SHORT})
 
 STEPS = 20
-# What the issue allows is 1e-5; all is float32 and the codes are the same, which leaves less than 1e-11.
+# All is float32 and the codes are the same, which leaves less than 1e-11.
 NMSE = 1e-8
 
 
@@ -44,15 +46,6 @@ def full_precision():
     """Some accelerators multiply float32 matrices in fewer bits by default."""
     with jax.default_matmul_precision("highest"):
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Most of the time here goes into machine code that runs for milliseconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

@@ -12,6 +12,8 @@ from kivi_jax.pallas_kernels.decode_attention import xla
 from kivi_jax.pallas_kernels.decode_attention.api import chunk_attention, decode_attention
 from tests.numpy_kivi import KiviLists, softmax_attention
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Tokens that each of four rows gets at a time: a prompt, chunks of up to three windows, then one by one.
 PROMPT = [1, 31, 40, 100]
 CHUNKS = [[100, 1, 0, 60], [0, 32, 64, 100], [31, 33, 96, 1]]

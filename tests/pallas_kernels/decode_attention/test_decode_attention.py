@@ -13,6 +13,8 @@ from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import xla
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HEADS = [(32, 32, 128), (32, 8, 128), (64, 8, 128), (71, 1, 64), (8, 4, 256), (6, 2, 96)]
 
 

@@ -7,7 +7,6 @@ is empty, as rows that have ended are.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,16 +18,10 @@ from kivi_jax.pallas_kernels.decode_attention import gpu, gpu_plan
 from tests import decode_oracle
 from tests.decode_oracle import check_some_kv_heads, edges
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KIVI2 = PRESETS["kivi2"]
 check = functools.partial(decode_oracle.check, gpu.decode_attention)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from gpu_compiler import compile_programs
 from kivi_jax.pallas_kernels.decode_attention import gpu
 from programs import Attention
 from ptx_interpreter import run_kernel
-from tests.compiled import succeeded
+from tests.compiled import check_gpu_kernels, succeeded
 from tests.decode_oracle import NMSE, oracle, stored
 
 pytestmark = pytest.mark.skipif(
@@ -79,7 +79,9 @@ def test_compiled_kernels(name, interpreted):
     generator = np.random.default_rng(1)
     q = jnp.asarray(generator.standard_normal((len(LENGTHS), case.query_heads, case.head_dim)), case.dtype)
     k, v = jnp.asarray(generator.standard_normal((2, len(LENGTHS), case.kv_heads, case.head_dim)), case.dtype)
-    interpreted(succeeded(compile_cases()[name]).kernels)
+    compiled = succeeded(compile_cases()[name])
+    check_gpu_kernels(compiled, case)
+    interpreted(compiled.kernels)
     out = np.asarray(gpu.decode_attention(q, k, v, layer, state.lengths, case.slopes()), np.float64)
     expected = oracle(q, k, v, state, case.sliding_window, case.slopes())
     for row, length in enumerate(LENGTHS):

@@ -19,16 +19,10 @@ from kivi_jax.pallas_kernels.decode_attention import tpu, tpu_plan
 from tests import decode_oracle
 from tests.decode_oracle import check_some_kv_heads, edges, stored
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KIVI2 = PRESETS["kivi2"]
 check = functools.partial(decode_oracle.check, tpu.decode_attention)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
