@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Num
 
 from kivi_jax.attention import chunk_attention, decode_attention, prefill_attention
+from kivi_jax.kv.buffers import finite
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.kv.state import KVState, Layer, advance, empty_state
 from kivi_jax.models.layers import Attend
@@ -74,11 +75,14 @@ def prefill(
         heads: Heads, q: Array, k: Array, v: Array, layer: Layer, lengths: Array, starts: Array
     ) -> tuple[Array, Layer]:
         out = prefill_attention(q, heads.of(k), heads.of(v), layer.sliding_window, heads.alibi_slopes)
-        layer = layer.store_prompt(k, v, lengths, starts[0])
+        before, layer = layer, layer.store_prompt(finite(k), finite(v), lengths, starts[0])
         # The model goes on once all is stored: XLA would else keep every layer's keys and values until the end.
         stored = jnp.ones_like(lengths, bool)
-        for array in jax.tree.leaves(layer):
-            stored = after(stored, jax.lax.dynamic_slice_in_dim(array[:, 0, 0, 0], starts[0], lengths.size))
+        for old, array in zip(jax.tree.leaves(before), jax.tree.leaves(layer), strict=True):
+            if array is not old:  # what a short prompt leaves as it is may hold anything
+                stored = after(
+                    stored, jax.lax.dynamic_slice_in_dim(array[:, 0, 0, 0], starts[0], lengths.size)
+                )
         return jnp.where(stored[:, None, None, None], out, jnp.nan), layer
 
     def run(i: Array, carry: tuple[Array, tuple[Layer, ...]]) -> tuple[Array, tuple[Layer, ...]]:
@@ -141,7 +145,7 @@ def extend(
             q, heads.of(k), heads.of(v), layer, stored, heads.alibi_slopes, first_kv_head=heads.first_kv_head
         )
         counts = jnp.where(after(lengths > 0, out), lengths, 0)
-        return out, layer.append_chunk(k, v, stored, counts)
+        return out, layer.append_chunk(finite(k), finite(v), stored, counts)
 
     def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
         return partition.attend(attend_and_store, q, k, v, layer, state.lengths, lengths)
@@ -223,7 +227,7 @@ def decode_step(
             params.decode_attention,
             first_kv_head=heads.first_kv_head,
         )
-        return out[:, None], layer.append_token(k[:, 0], v[:, 0], lengths, after(active, out))
+        return out[:, None], layer.append_token(finite(k[:, 0]), finite(v[:, 0]), lengths, after(active, out))
 
     def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
         return partition.attend(attend_and_store, q, k, v, layer, state.lengths, active)
@@ -370,7 +374,7 @@ def _take_token(
     keys = jax.vmap(jax.random.fold_in, (0, None))(decoding.keys, decoding.steps)
     token = sampler(logits, keys, decoding.seen)
     ended = (token[:, None] == end_tokens).any(-1)
-    column = (0, decoding.steps)
+    column = (jnp.zeros_like(decoding.steps), decoding.steps)
     logprobs, seen = decoding.logprobs, decoding.seen
     if logprobs is not None:
         taken = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)

@@ -1,5 +1,7 @@
 """The loops against the original's rules, and rows against themselves alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -159,6 +161,36 @@ def test_chunk_of_no_tokens_changes_nothing(tiny, kv):
     assert after.lengths.tolist() == [40, 71]
     for old, new in zip(jax.tree.leaves(before.layers), jax.tree.leaves(after.layers), strict=True):
         np.testing.assert_array_equal(old[0], new[0])
+
+
+@pytest.mark.parametrize("kv", ["bf16", KVConfig(2, 2, 32, 32, sink_tokens=8)], ids=str)
+def test_a_state_that_was_given_no_numbers_serves_again(tiny, kv):
+    """What overflows leaves nothing behind that a later prompt would attend."""
+    tokens, lengths = ragged_prompts([120, 120])
+    broken = dataclasses.replace(tiny, weights=jax.tree.map(lambda x: x * np.float32(np.nan), tiny.weights))
+    empty = kivi_jax.init_state(tiny, 2, 128, kv)
+    used = kivi_jax.init_state(tiny, 2, 128, kv)
+    logits, used = kivi_jax.prefill(broken, tokens, lengths, used)
+    assert np.isnan(logits).all()
+    results = []
+    for state in (empty, used):
+        logits, state = kivi_jax.prefill(tiny, tokens[:, :30], np.asarray([30, 5], np.int32), state)
+        steps = [logits]
+        for token in range(40):
+            logits, state = kivi_jax.decode_step(tiny, np.asarray([token, token], np.int32), state)
+            steps.append(logits)
+        results.append(np.stack(steps))
+    np.testing.assert_array_equal(*results)
+
+
+def test_types_of_64_bits_change_no_token(tiny):
+    tokens = [completion.tokens for completion in kivi_jax.generate(tiny, [[1] * 40, [2]], max_new_tokens=40)]
+    jax.config.update("jax_enable_x64", True)
+    try:
+        wide = kivi_jax.generate(tiny, [[1] * 40, [2]], max_new_tokens=40)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert [completion.tokens for completion in wide] == tokens
 
 
 def test_chunk_updates_the_state_in_place(tiny):

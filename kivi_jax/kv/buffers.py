@@ -19,6 +19,11 @@ def newest_in_ring(lengths: Int[Array, " B"], size: int) -> Int[Array, "B size"]
     return last - (last - jnp.arange(size)) % size
 
 
+def finite(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """0 for what is no number. Masked places are multiplied by zero, which an infinity or a NaN there would survive."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
 def take_tokens(x: Float[Array, "B H S D"], at: Int[Array, "B T"]) -> Float[Array, "B H T D"]:
     """Tokens `at[b]` of each row `b`, from 0 on; the first for a negative place."""
     return jnp.take_along_axis(x, jnp.maximum(at, 0)[:, None, :, None], axis=2)
@@ -26,9 +31,9 @@ def take_tokens(x: Float[Array, "B H S D"], at: Int[Array, "B T"]) -> Float[Arra
 
 def write(buffer: Array, update: Array, row: int | Array, index: int | Array, axis: int) -> Array:
     """Writes `update` from `row` on, `index` times its own length along the token axis."""
-    starts: list[int | Array] = [0] * buffer.ndim
-    starts[0] = row
-    starts[axis] = index * update.shape[axis]
+    starts = [jnp.int32(0)] * buffer.ndim
+    starts[0] = jnp.asarray(row, jnp.int32)
+    starts[axis] = jnp.asarray(index * update.shape[axis], jnp.int32)
     return row_major(jax.lax.dynamic_update_slice(buffer, update, starts))
 
 
@@ -137,7 +142,8 @@ def _set_tokens_in_turn(buffer: Array, tokens: Array, at: Array, active: Array) 
     active = active & (at < buffer.shape[2])
 
     def set_token(row: Array, buffer: Array) -> Array:
-        start = (row, 0, at[row], 0)
+        zero = jnp.zeros_like(at[row])
+        start = (row.astype(at.dtype), zero, at[row], zero)
         old = jax.lax.dynamic_slice(buffer, start, (1, buffer.shape[1], 1, buffer.shape[3]))
         new = jnp.where(active[row], tokens[row, None, :, None], old)
         return row_major(jax.lax.dynamic_update_slice(buffer, new, start))

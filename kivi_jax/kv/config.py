@@ -35,10 +35,13 @@ class KVConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", _read_overrides(self.overrides))
+        for name in ("key_bits", "value_bits", "group_size", "residual_length", "sink_tokens"):
+            size = getattr(self, name)
+            try:
+                object.__setattr__(self, name, operator.index(size))  # NumPy's whole numbers too
+            except TypeError:
+                raise ValueError(f"{name} must be a whole number, got {size!r}") from None
         bits = self.bits
-        sizes = (*bits, self.group_size, self.residual_length, self.sink_tokens)
-        if not all(isinstance(size, int) for size in sizes):
-            raise ValueError(f"the sizes in a KVConfig are whole numbers, got {self}")
         if bits == (UNQUANTIZED_BITS, UNQUANTIZED_BITS):
             return
         if not set(bits) <= {2, 4}:
@@ -122,6 +125,8 @@ PRESETS = {
     "kivi2": KVConfig(2, 2),
     "kivi2-sinks": KVConfig(2, 2, sink_tokens=32),
     "kivi2-edges": KVConfig(2, 2, overrides={0: _EXACT, -1: _EXACT}),
+    "kivi-k4v4": KVConfig(4, 4),
+    "kivi-k2v2": KVConfig(2, 2),
 }
 
 

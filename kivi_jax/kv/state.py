@@ -22,7 +22,7 @@ Layer = DenseLayer | QuantizedLayer
 )
 @dataclasses.dataclass(frozen=True)
 class KVState:
-    """Keys and values of a batch of sequences.
+    """Keys and values of a batch of sequences, all of them finite numbers.
 
     Attributes:
         lengths: int32 `[B]`, the tokens each row holds.

@@ -114,17 +114,15 @@ def stored_attention(
     """
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     _, kv_heads, new, _ = k.shape
-    if kv_heads != layer.num_kv_heads:
-        layer = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, first_kv_head, kv_heads, axis=1), layer
-        )
     queries = Queries.group(q, kv_heads, lengths, layer.sliding_window, alibi_slopes)
+    read = Reader(None if kv_heads == layer.num_kv_heads else first_kv_head, kv_heads)
     sums = _attend_new(queries, k, v)
     if isinstance(layer, DenseLayer):
-        sums = _attend_dense(sums, queries, layer, lengths, block=layer.slots if new == 1 else EXACT_BLOCK)
+        whole = new == 1 and read.first_kv_head is None  # else reading all would be copying all
+        sums = _attend_dense(sums, queries, layer, lengths, read, layer.slots if whole else EXACT_BLOCK)
     else:
-        sums = _attend_exact(sums, queries, layer, lengths)
-        sums = _attend_packed(sums, queries, layer, lengths)
+        sums = _attend_exact(sums, queries, layer, lengths, read)
+        sums = _attend_packed(sums, queries, layer, lengths, read)
     return queries.ungroup(sums.result(), new).astype(q.dtype)
 
 
@@ -162,17 +160,34 @@ def _attend_new(queries: Queries, k: Float[Array, "B H T D"], v: Float[Array, "B
     return _over_blocks(attend, sums, new, new, min(EXACT_BLOCK, new))
 
 
+class Reader(NamedTuple):
+    """Takes the KV heads that queries read out of a layer's arrays; all of them if `first_kv_head` is None."""
+
+    first_kv_head: int | Array | None
+    kv_heads: int
+
+    def __call__(self, x: Array) -> Array:
+        if self.first_kv_head is None:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, self.first_kv_head, self.kv_heads, axis=1)
+
+
 def _attend_dense(
-    sums: OnlineSoftmax, queries: Queries, layer: DenseLayer, lengths: Int[Array, " B"], block: int
+    sums: OnlineSoftmax,
+    queries: Queries,
+    layer: DenseLayer,
+    lengths: Int[Array, " B"],
+    read: Reader,
+    block: int,
 ) -> OnlineSoftmax:
     """Products run in the activation dtype and sum in float32."""
     tokens = newest_in_ring(lengths, layer.slots)
 
     def attend(sums: OnlineSoftmax, start: Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
-        keys, values, at = (
-            jax.lax.dynamic_slice_in_dim(x, start, fresh.size, axis)
-            for x, axis in ((layer.k, 2), (layer.v, 2), (tokens, 1))
+        keys, values = (
+            read(jax.lax.dynamic_slice_in_dim(x, start, fresh.size, axis=2)) for x in (layer.k, layer.v)
         )
+        at = jax.lax.dynamic_slice_in_dim(tokens, start, fresh.size, axis=1)
         return sums.add(queries.scores(keys, at, (fresh & (at >= 0))[:, None]), values)
 
     if block >= layer.slots:
@@ -181,24 +196,25 @@ def _attend_dense(
 
 
 def _attend_exact(
-    sums: OnlineSoftmax, queries: Queries, layer: QuantizedLayer, lengths: Int[Array, " B"]
+    sums: OnlineSoftmax, queries: Queries, layer: QuantizedLayer, lengths: Int[Array, " B"], read: Reader
 ) -> OnlineSoftmax:
     """The ring, and the sinks where there are any."""
     config = layer.config
     tokens = newest_in_ring(lengths, config.residual_length)
     scores = queries.scores(
-        layer.window_k.astype(jnp.float32), tokens, (tokens >= config.sink_tokens)[:, None]
+        read(layer.window_k).astype(jnp.float32), tokens, (tokens >= config.sink_tokens)[:, None]
     )
-    sums = sums.add(scores, layer.window_v.astype(jnp.float32))
+    sums = sums.add(scores, read(layer.window_v).astype(jnp.float32))
     if not config.sink_tokens:
         return sums
     tokens = jnp.broadcast_to(jnp.arange(config.sink_tokens), (lengths.size, config.sink_tokens))
-    scores = queries.scores(layer.sink_k.astype(jnp.float32), tokens, (tokens < lengths[:, None])[:, None])
-    return sums.add(scores, layer.sink_v.astype(jnp.float32))
+    live = (tokens < lengths[:, None])[:, None]
+    scores = queries.scores(read(layer.sink_k).astype(jnp.float32), tokens, live)
+    return sums.add(scores, read(layer.sink_v).astype(jnp.float32))
 
 
 def _attend_packed(
-    sums: OnlineSoftmax, queries: Queries, layer: QuantizedLayer, lengths: Int[Array, " B"]
+    sums: OnlineSoftmax, queries: Queries, layer: QuantizedLayer, lengths: Int[Array, " B"], read: Reader
 ) -> OnlineSoftmax:
     """Tokens t < length - R, one block dequantized at a time, up to the longest row."""
     config = layer.config
@@ -215,8 +231,8 @@ def _attend_packed(
         rings = jax.lax.dynamic_slice_in_dim(stored_blocks, start // residual, block // residual, axis=1)
         tokens = (rings[..., None] * residual + jnp.arange(residual)).reshape(batch, block)
         live = fresh & (tokens >= config.sink_tokens) & (tokens < packed_lengths[:, None])
-        packed_k = _slice(layer.keys, KEY_TOKEN_AXES, start, block, capacity)
-        packed_v = _slice(layer.values, VALUE_TOKEN_AXES, start, block, capacity)
+        packed_k = _slice(layer.keys, KEY_TOKEN_AXES, start, block, capacity, read)
+        packed_v = _slice(layer.values, VALUE_TOKEN_AXES, start, block, capacity, read)
         keys = dequantize_keys(packed_k, config.key_bits, config.group_size)
         values = dequantize_values(packed_v, config.value_bits, config.group_size)
         return sums.add(queries.scores(keys, tokens, live[:, None]), values)
@@ -243,13 +259,17 @@ def _over_blocks(
     return jax.lax.fori_loop(0, -(-used // block), step, sums)
 
 
-def _slice(packed: Quantized, axes: tuple[int, ...], start: Array, tokens: int, capacity: int) -> Quantized:
+def _slice(
+    packed: Quantized, axes: tuple[int, ...], start: Array, tokens: int, capacity: int, read: Reader
+) -> Quantized:
     """The `tokens` tokens from `start` on, of `capacity`."""
 
-    def read(array: Array, axis: int) -> Array:
+    def take(array: Array, axis: int) -> Array:
         length = array.shape[axis]
-        return jax.lax.dynamic_slice_in_dim(
-            array, start // (capacity // length), tokens * length // capacity, axis
+        return read(
+            jax.lax.dynamic_slice_in_dim(
+                array, start // (capacity // length), tokens * length // capacity, axis
+            )
         )
 
-    return Quantized(*map(read, packed, axes))
+    return Quantized(*map(take, packed, axes))

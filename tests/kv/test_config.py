@@ -1,4 +1,5 @@
 import jaxtyping
+import numpy as np
 import pytest
 
 from kivi_jax.kv import PRESETS, KVConfig
@@ -21,7 +22,7 @@ def test_presets_count_scale_and_zero(name, bits):
         ((2, 2, 32, 100), "multiple of group_size 32"),
         ((2, 2, 32, 0), "multiple of group_size 32"),
         ((2, 4, 8, 8), "multiple of 16 tokens"),
-        ((2, 2, 32.0), "whole numbers"),
+        ((2, 2, 32.0), "group_size must be a whole number, got 32.0"),
         ((2, 2, 32, 32, 33), "sink_tokens must be from 0 to residual_length 32, got 33"),
         ((2, 2, 32, 32, -1), "sink_tokens must be"),
         ((2, 2, 32, 32, 0, {0: "bf17"}), "overrides map a layer's index to one of 'bf16'"),
@@ -34,6 +35,14 @@ def test_fields_that_do_not_fit_are_refused(fields, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
     with pytest.raises(ValueError, match=message):
         KVConfig(*fields)
+
+
+@pytest.mark.parametrize("key_bits", [2, 4])
+@pytest.mark.parametrize("value_bits", [2, 4])
+def test_every_mix_has_a_name(key_bits, value_bits):
+    config = resolve_kv(f"kivi-k{key_bits}v{value_bits}", 64, 2)
+    assert config == KVConfig(np.int64(key_bits), np.int64(value_bits))
+    assert type(config.key_bits) is int
 
 
 def test_unknown_kv_names_the_choices():
