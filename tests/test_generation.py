@@ -71,7 +71,8 @@ def test_loop_ends_with_the_last_row(tiny):
     unended = kivi_jax.generate(tiny, [[1, 2, 3]], max_new_tokens=30)[0].tokens
     place = 7
     assert unended[place] not in unended[:place]
-    end_tokens = jnp.asarray([unended[place]])
+    another = next(token for token in range(100) if token not in unended)
+    end_tokens = jnp.asarray([another, unended[place]])  # any of them ends a row, not only the first
     kv = kivi_jax.kv.PRESETS["kivi2"]
     decoding = start_decoding(
         tiny,
@@ -315,3 +316,27 @@ def test_chunks_of_a_prompt_attend_the_stored_ones(tiny):
 def test_prefill_chunk_must_be_positive(tiny):
     with pytest.raises(ValueError, match="prefill_chunk must be at least 1"):
         kivi_jax.generate(tiny, PROMPTS, prefill_chunk=0)
+
+
+def test_every_step_draws_anew(tiny):
+    """At a temperature that makes all 101 tokens alike, 64 draws are expected to give 48 of them."""
+    (completion,) = kivi_jax.generate(tiny, [[1, 2, 3]], "bf16", max_new_tokens=64, temperature=1e6)
+    assert len(set(completion.tokens)) > 32
+
+
+def test_rows_that_a_stop_string_ended_are_inactive(lettered, monkeypatch):
+    """So that they are not read any more, and the loop ends with the last row."""
+    prompts = ["w1 w2", "w3"]
+    stopped, other = kivi_jax.generate(lettered, prompts, max_new_tokens=40)
+    stop = "".join(f" w{token}" for token in stopped.tokens[3:6])
+    assert stop not in other.text
+    continued = []
+
+    def recorder(params, decoding, *arguments):
+        continued.append(decoding.active.tolist())
+        return continue_decoding(params, decoding, *arguments)
+
+    monkeypatch.setattr(kivi_jax.generation, "continue_decoding", recorder)
+    first, second = kivi_jax.generate(lettered, prompts, max_new_tokens=40, stop=stop)
+    assert (first.finish_reason, second.tokens) == ("stop", other.tokens)
+    assert continued == [[True, True]] + [[False, True]] * 4  # after 1, 9, 17, 25 and 33 tokens

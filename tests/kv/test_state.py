@@ -158,3 +158,26 @@ def test_flush_works_on_the_due_rows_only():
     body = str(loops[0].params["body_jaxpr"])
     assert "f32[1,2,32,64]" in body
     assert "round" in body
+
+
+@pytest.mark.parametrize(("window", "blocks"), [(20, 1), (48, 2), (100, 4), (None, 9)])
+def test_blocks_of_a_chunk_have_slots_of_their_own(monkeypatch, window, blocks):
+    """Of blocks that would share one, only the newest is written: which of two a scatter keeps is undefined."""
+    written = []
+
+    def recorder(stored, packed, axes, slots, size):
+        written.append(np.asarray(slots))
+        assert size == blocks
+        return write_blocks(stored, packed, axes, slots, size)
+
+    write_blocks = buffers.write_blocks
+    monkeypatch.setattr("kivi_jax.kv.quantized.write_blocks", recorder)
+    state = empty_state(1, 4, HEADS, 300, 32, KVConfig(2, 2, 32, 32), jnp.float32, [window])
+    k, v = random_kv(4, 250, 32)
+    lengths, counts = np.asarray([0, 31, 40, 50]), np.asarray([250, 97, 24, 13])
+    state.layers[0].append_chunk(k, v, jnp.asarray(lengths), jnp.asarray(counts))
+    assert len(written) == 2  # keys and values
+    for slots in written:
+        for row, length, count in zip(slots, lengths, counts, strict=True):
+            completed = np.arange(length // 32, (length + count) // 32)
+            assert sorted(row[row < blocks]) == sorted(completed[-blocks:] % blocks)
