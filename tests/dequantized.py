@@ -43,7 +43,7 @@ def _decode_layer(
     residual, group, sinks = config.residual_length, config.group_size, config.sink_tokens
     head_dim = ring.shape[3]
     packed_k, packed_v = (
-        _codes(np.asarray(codes), bits, head_dim)
+        read_codes(np.asarray(codes), bits, head_dim)
         for codes, bits in ((layer.k_codes, config.key_bits), (layer.v_codes, config.value_bits))
     )
     places, channels = np.arange(packed_k.shape[2]), np.arange(head_dim)
@@ -70,7 +70,7 @@ def _decode_layer(
     return k, v
 
 
-def _codes(words: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
+def read_codes(words: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
     """Codes `[B, H, T, D]` from 0 on, of words `[B, H, T·bits/32, D]`, or at D = 64 two rows of them side by side."""
     words = words.view(np.uint32)
     if words.shape[3] == 2 * head_dim:
