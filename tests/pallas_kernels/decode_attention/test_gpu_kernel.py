@@ -21,7 +21,8 @@ from tests.decode_oracle import check_some_kv_heads, edges
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KIVI2 = PRESETS["kivi2"]
-check = functools.partial(decode_oracle.check, gpu.decode_attention)
+decode_attention = functools.partial(gpu.decode_attention, interpret=True)
+check = functools.partial(decode_oracle.check, decode_attention)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_work_list(monkeypatch, lengths, programs):
 
 
 def test_queries_of_some_kv_heads():
-    check_some_kv_heads(gpu.decode_attention, KIVI2)
+    check_some_kv_heads(decode_attention, KIVI2)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from tests.decode_oracle import check_some_kv_heads, edges, stored
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KIVI2 = PRESETS["kivi2"]
-check = functools.partial(decode_oracle.check, tpu.decode_attention)
+decode_attention = functools.partial(tpu.decode_attention, interpret=True)
+check = functools.partial(decode_oracle.check, decode_attention)
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_position_biases(query_heads, heads, head_dim):
 
 @pytest.mark.usefixtures("one_head_at_a_time")
 def test_queries_of_some_kv_heads():
-    check_some_kv_heads(tpu.decode_attention, KIVI2)
+    check_some_kv_heads(decode_attention, KIVI2)
 
 
 @pytest.mark.usefixtures("one_head_at_a_time")
@@ -124,7 +125,7 @@ def test_places_without_tokens_may_hold_anything():
     )
     q = jnp.ones((2, 4, 128), jnp.bfloat16)
     k = v = jnp.ones((2, 2, 128), jnp.bfloat16)
-    attend = jax.jit(lambda layer: tpu.decode_attention(q, k, v, layer, state.lengths, interpret=True))
+    attend = jax.jit(lambda layer: decode_attention(q, k, v, layer, state.lengths))
     np.testing.assert_array_equal(attend(poisoned), attend(layer))
 
 
