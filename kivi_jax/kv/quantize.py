@@ -6,7 +6,8 @@ float32 from the zero and scale that are stored, i.e. already rounded to the dty
 Layout of the codes: 32-bit words, consecutive tokens in a word, `head_dim` on the minor axis. Token `t` is in word row
 `t // (32 / bits)` at bits `bits * (t % (32 / bits))`, as `code - 2^(bits - 1)` in two's complement. A `head_dim` of 64
 would leave half of a 128-lane accelerator row empty, so there word rows 2i and 2i + 1 lie side by side in one row of
-128 words (where their number is even). Only this file knows of either rule.
+128 words (where their number is even). Beside this file only the kernels know of these rules, which unpack for
+themselves, and `config.py`, which checks `residual_length` at a `head_dim` of 64.
 """
 
 from typing import NamedTuple
