@@ -5,22 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+import kivi_jax
 from demo_data import Corpus, passkey_prompt
 from demo_settings import Params, Training
-from kivi_jax.models.llama import Llama, LlamaConfig
+from kivi_jax.models.llama import LlamaConfig
+from kivi_jax.weights import nested
 
 ATTENTION_BLOCK = 128
-
-
-def merge(config: LlamaConfig, params: Params) -> Llama:
-    model = nnx.eval_shape(lambda: Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    graph, abstract = nnx.split(model)
-    flat = [(path, v.replace(params[".".join(map(str, path))])) for path, v in nnx.to_flat_state(abstract)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def two_bits(x: Array, axis: int) -> Array:
@@ -69,7 +63,7 @@ def forward(
     positions: Int[Array, "B T"],
     quantized: bool,
 ) -> Float[Array, "B T vocab"]:
-    model = merge(config, params)
+    model = kivi_jax.Params(nested(params), "llama", config).model()
     attend = functools.partial(causal_attention, quantized=quantized)
     hidden, _ = model(tokens, positions, [None] * config.num_layers, attend)
     return model.logits(hidden)
