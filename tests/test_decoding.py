@@ -153,6 +153,22 @@ def test_memory_of_prefill_does_not_grow_with_the_batch(tiny, kv):
     assert temporaries(64) < 1.1 * temporaries(8)
 
 
+@pytest.mark.parametrize("kv", ["bf16", "kivi2"])
+def test_memory_of_prefill_does_not_grow_with_the_layers(tmp_path, kv):
+    """Also of a prompt whose queries are attended some at a time: no layer leaves a buffer behind."""
+
+    def temporaries(layers):
+        params = kivi_jax.load(
+            write_checkpoint(tmp_path / str(layers), num_hidden_layers=layers), dtype="float32"
+        )
+        state = jax.eval_shape(lambda: kivi_jax.init_state(params, 1, 2048, kv))
+        tokens, lengths = jax.ShapeDtypeStruct((1, 2048), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        donating = jax.jit(kivi_jax.prefill, donate_argnums=3)
+        return donating.lower(params, tokens, lengths, state).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8) < 1.1 * temporaries(2)
+
+
 @pytest.mark.parametrize("kv", ["bf16", KVConfig(2, 2, 32, 32, sink_tokens=8)], ids=str)
 def test_chunk_of_no_tokens_changes_nothing(tiny, kv):
     tokens, lengths = ragged_prompts([40, 31])
