@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -112,6 +113,56 @@ def test_equally_likely_tokens_are_cut_together(settings, kept):
     assert set(np.flatnonzero(np.isfinite(scores)).tolist()) == kept
 
 
+def sorted_cut(logits, top_k, top_p):
+    """Which tokens of a row stay, by a sort, in float64."""
+    logits = logits.astype(np.float64)
+    kept = logits >= np.sort(logits)[::-1][min(top_k or len(logits), len(logits)) - 1]
+    if top_p is not None:
+        probabilities = softmax(np.where(kept, logits, -np.inf))
+        ranked = np.argsort(-probabilities)
+        reaching = np.searchsorted(np.cumsum(probabilities[ranked]), top_p)
+        kept &= logits >= logits[ranked[min(reaching, len(ranked) - 1)]]
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [
+        (1, None),
+        (7, None),
+        (50, None),
+        (400, None),
+        (10**6, None),
+        (None, 0.013),
+        (None, 0.9123),
+        (50, 0.777),
+    ],
+)
+@pytest.mark.parametrize("kind", ["normal", "tied", "signed zeros", "mostly cut", "equal", "wide"])
+def test_cuts_are_those_of_a_sort(kind, top_k, top_p):
+    generator = np.random.default_rng(1)
+    logits = 3 * generator.standard_normal((8, 500)).astype(np.float32)
+    match kind:
+        case "tied":
+            logits = np.round(logits / 2)
+        case "signed zeros":
+            logits = np.copysign(np.float32(0), logits)
+        case "mostly cut":
+            logits[:, generator.random(500) < 0.95] = -np.inf
+        case "equal":
+            logits[:] = -2.5
+        case "wide":
+            logits *= 1e36
+    scores = np.asarray(make_sampler(1.0, top_k, top_p).scores(jnp.asarray(logits)))
+    kept = np.stack([sorted_cut(row, top_k, top_p) for row in logits])
+    np.testing.assert_array_equal(scores, np.where(kept, logits, -np.inf))
+
+
+def test_the_smallest_top_p_keeps_the_most_likely_token():
+    for top_p in (1e-30, 1e-40, 5e-324):
+        assert draw(make_sampler(1.0, top_p=top_p), [0.0, 3.0, 2.0], 8).tolist() == [1] * 8
+
+
 def test_samples_follow_the_cut_distribution():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
     counts = np.bincount(draw(make_sampler(1.0, min_p=0.3), logits, 20000), minlength=4) / 20000
@@ -131,7 +182,16 @@ def test_penalty_also_moves_the_greedy_choice():
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"temperature": "0.5"}, "temperature must be a number, got '0.5'"),
+        ({"temperature": True}, "temperature must be a number"),
+        ({"temperature": 10**400}, "temperature must be a number"),
         ({"temperature": 1.0, "top_k": 0}, "top_k"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k must be a whole number, or None for all tokens, got 2.5"),
+        ({"temperature": 1.0, "top_k": True}, "top_k must be a whole number"),
+        ({"temperature": 1.0, "top_p": "x"}, "top_p must be a number, or None for 1, got 'x'"),
+        ({"temperature": 1.0, "min_p": [0.1]}, "min_p must be a number"),
+        ({"temperature": 1.0, "repetition_penalty": None}, "repetition_penalty must be a number"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
         ({"temperature": 1.0, "min_p": -0.1}, "min_p"),
@@ -142,6 +202,7 @@ def test_penalty_also_moves_the_greedy_choice():
         ({"temperature": 0.0, "repetition_penalty": float("inf")}, "repetition_penalty"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, message):
+def test_settings_out_of_range_are_refused(settings, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
     with pytest.raises(ValueError, match=message):
         make_sampler(**settings)

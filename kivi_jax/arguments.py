@@ -1,0 +1,42 @@
+"""Checks of numbers that callers pass."""
+
+import operator
+from typing import Any, SupportsFloat
+
+
+def read_whole(name: str, value: Any, otherwise: str = "") -> int:
+    """`value` as an int, whichever library's it was; `otherwise` ends the error, with what else may be passed.
+
+    Raises:
+        ValueError: it is no whole number. A bool is none: it was meant for another argument.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a whole number{otherwise}, got {value!r}")
+
+
+def read_size(name: str, value: Any, otherwise: str = "") -> int:
+    """
+    Raises:
+        ValueError: `value` is no whole number, or less than 1.
+    """
+    size = read_whole(name, value, otherwise)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1{otherwise}, got {size}")
+    return size
+
+
+def read_number(name: str, value: Any, otherwise: str = "") -> float:
+    """
+    Raises:
+        ValueError: `value` is no number, or one beyond a float's range.
+    """
+    try:
+        if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):  # of an array of several, or of a huge int
+        pass
+    raise ValueError(f"{name} must be a number{otherwise}, got {value!r}")
