@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Num
 
+from kivi_jax.arguments import read_size
 from kivi_jax.attention import chunk_attention, decode_attention, prefill_attention
 from kivi_jax.kv.buffers import finite
 from kivi_jax.kv.config import KVConfig, resolve_kv
@@ -27,8 +28,9 @@ def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "
     """An empty KV state for `batch` rows of up to `capacity` tokens, on the mesh of `params` if there is one.
 
     Raises:
-        ValueError: `kv` is unknown or does not fit the model, or `batch` or `capacity` is not positive.
+        ValueError: `kv` is unknown or does not fit the model, or `batch` or `capacity` is no positive whole number.
     """
+    batch, capacity = read_size("batch", batch), read_size("capacity", capacity)
     model = params.config
     config = resolve_kv(kv, model.head_dim, model.num_layers)
     shape = (

@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+from kivi_jax.arguments import read_size, read_whole
 from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.models.registry import Params
 from kivi_jax.models.sharding import DATA_AXIS
-from kivi_jax.sampling import Sampler, make_sampler
+from kivi_jax.sampling import Greedy, Sampler, make_sampler
 from kivi_jax.text import (
     CONTEXT_TOKENS,
     Completion,
@@ -67,7 +69,7 @@ def generate(
             temperature in this order, `sampling.Random` says exactly how.
         repetition_penalty: divides the positive and multiplies the other logits of all tokens that a row's prompt or
             completion has already, so more than 1 discourages them; also where temperature is 0.
-        seed: of the samples.
+        seed: of the samples, a whole number of 64 bits.
         n: samples of every prompt, which is prefilled once; the first is what None, a single one, gives.
         stop: strings that end a completion, which then ends before them; a special token's too, like "<|eot_id|>".
         logprobs: also give the log-probability of every token, see `Completion`.
@@ -79,9 +81,9 @@ def generate(
         of n `Completion`s in place of each.
 
     Raises:
-        ValueError: an unknown `kv`, a setting out of range, an empty prompt, a token outside the vocabulary, texts or
-            stop strings without a tokenizer, a conversation without a chat template or refused by it, several greedy
-            samples, or more tokens than the model has positions.
+        ValueError: an unknown `kv`, a setting of the wrong type or out of range, an empty prompt, a token outside the
+            vocabulary, texts or stop strings without a tokenizer, a conversation without a chat template or refused by
+            it, several greedy samples, or more tokens than the model has positions.
     """
     *_, results = stream(
         params,
@@ -129,22 +131,21 @@ def stream(
     Raises:
         ValueError: as `generate`, or `chunk` is less than 1; both at once, before anything is generated.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, or None for the end result only, got {chunk}")
-    if prefill_chunk is not None and not (isinstance(prefill_chunk, int) and prefill_chunk >= 1):
-        raise ValueError(f"prefill_chunk must be at least 1, or None for whole prompts, got {prefill_chunk}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not -(2**63) <= seed < 2**63:
+    max_new_tokens = read_size("max_new_tokens", max_new_tokens)
+    if chunk is not None:
+        chunk = read_size("chunk", chunk, ", or None for the end result only")
+    if prefill_chunk is not None:
+        prefill_chunk = read_size("prefill_chunk", prefill_chunk, ", or None for whole prompts")
+    if n is not None:
+        n = read_size("n", n, ", or None for a single sample")
+    if not -(2**63) <= (seed := read_whole("seed", seed)) < 2**63:
         raise ValueError(f"seed must fit 64 bits, got {seed}")
-    if n is not None and n < 1:
-        raise ValueError(f"n must be at least 1, or None for a single sample, got {n}")
-    if n is not None and n > 1 and temperature == 0:
+    sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
+    if n is not None and n > 1 and isinstance(sampler, Greedy):
         raise ValueError(f"{n} samples at temperature 0 would all be the same; set a temperature above 0")
     config = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
-    sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
     stops, end_tokens = read_stops(params, stop)
-    listed: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
+    listed = _list_prompts(prompts)
     ids = encode(params, listed)
     longest = max(map(len, ids), default=0)
     if longest + max_new_tokens > params.config.max_positions:
@@ -173,6 +174,17 @@ def stream(
     return ([step[row : row + n] for row in range(0, len(step), n)] for step in steps)
 
 
+def _list_prompts(prompts: Prompts) -> list[Any]:
+    if _is_single(prompts):
+        return [prompts]
+    try:
+        if not isinstance(prompts, bytes):
+            return list(prompts)
+    except TypeError:
+        pass
+    raise ValueError(f"prompts must be a text, a conversation or a list of prompts, got {prompts!r}")
+
+
 def _is_single(prompts: Prompts) -> bool:
     """Whether this is one prompt; a lone message counts, so that `encode` refuses it instead of reading its keys."""
     return isinstance(prompts, str | Mapping) or is_conversation(prompts)
@@ -191,9 +203,9 @@ def _stream(
 ) -> Iterator[list[Completion]]:
     """Generates and yields the completions of the rows that have a reader."""
     max_new_tokens = readers[0].max_new_tokens
-    end_tokens = jnp.asarray(readers[0].end_tokens, jnp.int32)
+    end_tokens = jnp.asarray(_pad_end_tokens(readers[0].end_tokens), jnp.int32)
     rows = np.arange(len(batch.samples))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.prompt_rows)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(_random_key(seed), batch.prompt_rows)
     keys = jax.vmap(jax.random.fold_in)(keys, batch.samples)
     decoding = start_decoding(
         params,
@@ -230,6 +242,18 @@ def _stream(
         decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running))
         until = max_new_tokens if chunk is None else min(steps + chunk, max_new_tokens)
         decoding = continue_decoding(params, decoding, end_tokens, sampler, jnp.int32(until))
+
+
+def _pad_end_tokens(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """To a multiple of 4, so that one more of them rarely needs another compilation; no token is -1."""
+    return (*tokens, *[-1] * (-len(tokens) % 4 if tokens else 4))
+
+
+def _random_key(seed: int) -> Array:
+    """`jax.random.key(seed)`, but of all 64 bits: where JAX computes in 32, it takes the lower ones only."""
+    upper, lower = divmod(seed, 2**32)
+    key = jax.random.key(np.uint32(lower))
+    return jax.random.fold_in(key, np.uint32(upper % 2**32)) if upper else key
 
 
 @dataclasses.dataclass(frozen=True)

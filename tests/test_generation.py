@@ -11,7 +11,7 @@ import pytest
 import kivi_jax
 from kivi_jax import KVConfig
 from kivi_jax.decoding import continue_decoding, start_decoding
-from kivi_jax.generation import PromptBatch, _bucket
+from kivi_jax.generation import PromptBatch, _bucket, _random_key
 from kivi_jax.sampling import Greedy
 from tests.checkpoints import write_checkpoint
 
@@ -217,10 +217,45 @@ def test_16_bit_models_follow_float32_ones(tmp_path, kv, dtype):
     assert 0 < difference < 1e-2
 
 
-@pytest.mark.parametrize("chunk", [0, -3])
-def test_chunks_are_positive(tiny, chunk):
-    with pytest.raises(ValueError, match="chunk must be at least 1"):
+@pytest.mark.parametrize(
+    ("chunk", "message"),
+    [(0, "at least 1"), (-3, "at least 1"), (2.5, "a whole number"), ("8", "a whole number")],
+)
+def test_chunks_are_positive(tiny, chunk, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    with pytest.raises(ValueError, match=f"chunk must be {message}, or None for the end result only"):
         kivi_jax.stream(tiny, [[1]], chunk=chunk)
+
+
+@pytest.mark.parametrize(("batch", "capacity"), [(0, 8), (1, 0), (1, 8.0), (True, 8), (1, None)])
+def test_states_have_a_positive_size(tiny, batch, capacity, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    with pytest.raises(ValueError, match=r"(batch|capacity) must be (at least 1|a whole number), got"):
+        kivi_jax.init_state(tiny, batch, capacity)
+
+
+def test_numbers_of_any_library_are_taken(tiny, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    settings = {"max_new_tokens": 4, "temperature": 0.5, "top_k": 5, "seed": 3, "n": 2, "prefill_chunk": 16}
+    expected = kivi_jax.generate(tiny, [[1]], **settings)
+    settings |= {"max_new_tokens": np.int64(4), "temperature": np.float32(0.5), "top_k": np.uint8(5)}
+    settings |= {"seed": np.int32(3), "n": jnp.int32(2), "prefill_chunk": np.int64(16)}
+    assert kivi_jax.generate(tiny, np.asarray([[1]]), **settings) == expected
+
+
+def test_the_models_positions_can_all_be_used(tiny):
+    completion = kivi_jax.generate(tiny, [[1] * 2044], max_new_tokens=4)[0]
+    assert len(completion.tokens) == 4
+    with pytest.raises(ValueError, match="exceed the model's 2048 positions"):
+        kivi_jax.generate(tiny, [[1] * 2044], max_new_tokens=5)
+
+
+def test_all_bits_of_a_seed_count(tiny):
+    seeds = (5, 5 + 2**32, 5 + 2**62, -5, 2**32 - 5)
+    samples = [kivi_jax.generate(tiny, [[1]], seed=seed, **SAMPLED)[0].tokens for seed in seeds]
+    assert len(set(map(tuple, samples))) == len(seeds)
+    for seed in (0, 5, 2**31 - 1):  # these are just JAX's
+        assert _random_key(seed) == jax.random.key(seed)
 
 
 def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
@@ -243,7 +278,26 @@ def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
         ([[-1]], {}, "token -1, outside"),
         ([1, 2, 3], {}, "a single list of ids belongs in another"),
         ([[1.5]], {}, "must be a text, a list of token ids or a list of messages"),
+        (None, {}, "prompts must be a text, a conversation or a list of prompts, got None"),
+        (5, {}, "prompts must be a text"),
+        (b"abc", {}, "prompts must be a text"),
+        ([b"abc"], {}, "must be a text, a list of token ids or a list of messages, got b'abc'"),
+        ([{1: 2}, [1]], {}, "must be a text, a list of token ids"),
         ([[1]], {"seed": 2**70}, "seed must fit 64 bits"),
+        ([[1]], {"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ([[1]], {"seed": None}, "seed must be a whole number, got None"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ([[1]], {"max_new_tokens": None}, "max_new_tokens must be a whole number"),
+        ([[1]], {"max_new_tokens": True}, "max_new_tokens must be a whole number"),
+        ([[1]], {"n": 1.5}, "n must be a whole number, or None for a single sample, got 1.5"),
+        ([[1]], {"prefill_chunk": 16.0}, "prefill_chunk must be a whole number, or None for whole prompts"),
+        ([[1]], {"temperature": 1.0, "top_k": 2.5}, "top_k must be a whole number"),
+        ([[1]], {"temperature": None}, "temperature must be a number, got None"),
+        ([[1]], {"temperature": 1.0, "top_p": "0.9"}, "top_p must be a number"),
+        ([[1]], {"stop": 5}, "stop must be a string or several"),
+        ([[1]], {"stop": 0}, "stop must be a string or several"),
+        ([[1]], {"stop": b"x"}, "stop must be a string or several"),
+        ([[1]], {"stop": ["x", 5]}, "stop must be a string or several"),
         ([[1] * 2000], {"max_new_tokens": 49}, "exceed the model's 2048 positions"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1]], {"temperature": -0.5}, "temperature"),
