@@ -152,10 +152,8 @@ def print_stream(prompt: str, completions: Iterator[kivi_jax.Completion]) -> Non
     printed = 0
     for completion in completions:
         text = completion.text or ""
-        # Half a character decodes to U+FFFD until its last byte is there.
-        whole = text if completion.finish_reason else text.rstrip("\ufffd")
-        print(whole[printed:], end="", flush=True)
-        printed = max(printed, len(whole))
+        print(text[printed:], end="", flush=True)
+        printed = max(printed, len(text))
     print()
 
 

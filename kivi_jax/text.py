@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 from kivi_jax.models.registry import Params
@@ -23,7 +23,8 @@ class Completion:
     """What a model wrote after one prompt.
 
     Attributes:
-        text: the decoded tokens, as they continue the prompt; None if the checkpoint has no tokenizer.
+        text: the decoded tokens, as they continue the prompt, while unfinished without an end that the next tokens may
+            change: half a character, or the beginning of a stop string. None if the checkpoint has no tokenizer.
         tokens: generated ids, without the end token; after a stop string, those up to its last one.
         finish_reason: "stop" after an end token or a stop string, "length" at `max_new_tokens`; None while unfinished.
         logprobs: natural logarithm of the probability the model gave each of `tokens`, in nats: the log-softmax of its
@@ -50,7 +51,12 @@ def load_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the tokenizer's files make its parsers raise
-        raise ValueError(f"{folder}: the tokenizer can't be loaded: {error}") from error
+        # transformers would have them set trust_remote_code.
+        needs_code = "trust_remote_code" in str(error)
+        reason = "it needs code of its own, and code from checkpoints is never run" if needs_code else error
+        raise ValueError(
+            f"the tokenizer can't be loaded: its files in {folder} are damaged or of an unknown kind: {reason}"
+        ) from error
 
 
 def is_conversation(prompt: Any) -> TypeGuard[Conversation]:
@@ -62,12 +68,13 @@ def encode(params: Params, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of every prompt.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, a text but no tokenizer, a conversation but no chat
-            template or one that refuses it, or something else.
+        ValueError: an empty prompt, one that is not valid Unicode, a token outside the vocabulary, a text but no
+            tokenizer, a conversation but no chat template or one that refuses it, or something else.
     """
     encoded = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
+            _check_unicode(prompt, number)
             ids = _tokenizer(params).encode(prompt) if prompt else []
         elif is_conversation(prompt):
             ids = _encode_conversation(_tokenizer(params), prompt, number)
@@ -89,14 +96,23 @@ def _tokenizer(params: Params) -> Any:
     return load_tokenizer(params.tokenizer)
 
 
+def _check_unicode(prompt: str, number: int) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # lone surrogates, as Python makes them of bytes that are not UTF-8
+        raise ValueError(f"prompt {number} is not valid Unicode: {error}") from None
+
+
 def _check_ids(prompt: Any, number: int) -> list[int]:
     try:
-        return [operator.index(token) for token in prompt]
+        if not isinstance(prompt, bytes | bytearray | Mapping):  # whose items can be numbers, too
+            return [operator.index(token) for token in prompt]
     except TypeError:
-        raise ValueError(
-            f"prompt {number} must be a text, a list of token ids or a list of messages, got {prompt!r}; "
-            f"a single list of ids belongs in another list, and a single message in a list"
-        ) from None
+        pass
+    raise ValueError(
+        f"prompt {number} must be a text, a list of token ids or a list of messages, got {prompt!r}; "
+        f"a single list of ids belongs in another list, and a single message in a list"
+    )
 
 
 def _encode_conversation(tokenizer: Any, messages: Conversation, number: int) -> list[int]:
@@ -124,7 +140,8 @@ def read_stops(params: Params, stop: str | Sequence[str] | None) -> tuple[tuple[
     Raises:
         ValueError: one is empty or no string, or the checkpoint has no tokenizer to find them with.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    several = isinstance(stop, Iterable) and not isinstance(stop, str)
+    stops: tuple[Any, ...] = () if stop is None else tuple(stop) if several else (stop,)
     if not all(isinstance(text, str) and text for text in stops):
         raise ValueError(f"stop must be a string or several, none of them empty, got {stop!r}")
     if stops and params.tokenizer is None:
@@ -183,6 +200,7 @@ class CompletionReader:
             text = self._decode(tokens)
             text = text[: self._first_stop(text)]
         elif finish_reason is None:
+            text = text.rstrip("\ufffd")  # as half a character decodes until its last byte is there
             text = text[: len(text) - self._begun_stop(text)]
         return text, len(tokens), finish_reason
 

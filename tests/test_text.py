@@ -8,7 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import kivi_jax
-from kivi_jax.text import encode
+from kivi_jax.decoding import continue_decoding, start_decoding
+from kivi_jax.loading import DEMO_FOLDER
+from kivi_jax.text import CompletionReader, encode, load_tokenizer
 from tests.checkpoints import TINY, write_checkpoint
 
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -83,6 +85,19 @@ def test_stream_never_shows_what_a_stop_string_takes_back(lettered):
     assert len(shown) < 20
 
 
+@pytest.mark.parametrize("text", ["the items 🎉 all", "the items 🎈 all", "the items 🎉", "the items 🎈"])
+def test_half_a_character_hides_no_stop_string(text):
+    """Of the demo's tokenizer, which needs several tokens for an emoji."""
+    tokenizer = load_tokenizer(str(DEMO_FOLDER))
+    context, tokens = tokenizer.encode("of "), tokenizer.encode(text)
+    assert "\ufffd" in tokenizer.decode(tokens[: len(tokenizer.encode("the items ")) + 1])
+    reader = CompletionReader(context, (), str(DEMO_FOLDER), ("items 🎉",), max_new_tokens=len(tokens))
+    shown = [reader.read(tokens[:count]).text for count in range(1, len(tokens) + 1)]
+    assert shown[-1] == text.partition("items 🎉")[0]
+    assert all(shown[-1].startswith(partial) for partial in shown)
+    assert shown == sorted(shown)
+
+
 def test_logprobs_stay_aligned_where_completions_are_cut(lettered):
     whole = kivi_jax.generate(lettered, "w1", max_new_tokens=30, logprobs=True)
     assert len(whole.logprobs) == 30
@@ -119,6 +134,16 @@ def test_special_token_stops_though_no_text_shows_it(chatty):
     stop = ["w200", SPECIAL[free.tokens[place]]]
     stopped = kivi_jax.generate(chatty, [MESSAGE_IDS], stop=stop, **settings)[0]
     assert (stopped.tokens, stopped.finish_reason) == (free.tokens[:place], "stop")
+
+
+def test_a_special_token_as_stop_does_not_compile(chatty):
+    settings = {"max_new_tokens": 20}
+    for end_tokens, stops in (((), ["</s>"]), ((7,), SPECIAL[:3])):
+        params = dataclasses.replace(chatty, end_tokens=end_tokens)
+        kivi_jax.generate(params, [MESSAGE_IDS], **settings)
+        compiled = start_decoding._cache_size(), continue_decoding._cache_size()
+        kivi_jax.generate(params, [MESSAGE_IDS], stop=stops, **settings)
+        assert (start_decoding._cache_size(), continue_decoding._cache_size()) == compiled
 
 
 def test_conversation_is_answered(chatty):
@@ -173,9 +198,32 @@ def test_empty_text_is_refused(lettered):
         kivi_jax.generate(lettered, "")
 
 
-def test_damaged_tokenizer_is_one_clear_error(tmp_path):
+def test_text_that_is_not_unicode_is_refused(lettered):
+    with pytest.raises(ValueError, match="prompt 1 is not valid Unicode"):
+        kivi_jax.generate(lettered, ["w1", "w2 \udcff"])
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"tokenizer.json": '{"version": "1.0", "model": '}, "are damaged or of an unknown kind: "),
+        ({"tokenizer.json": "[]", "tokenizer_config.json": "7"}, "are damaged or of an unknown kind: "),
+        (
+            {
+                "tokenizer.model": "?",
+                "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["code.Own", null]}}',
+            },
+            "are damaged .*: it needs code of its own, and code from checkpoints is never run$",
+        ),
+    ],
+)
+def test_damaged_tokenizer_is_one_clear_error(tmp_path, files, reason):
     folder = write_checkpoint(tmp_path)
-    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": ')
+    for name, content in files.items():
+        (folder / name).write_text(content)
     params = kivi_jax.load(folder, dtype="float32")
-    with pytest.raises(ValueError, match="the tokenizer can't be loaded"):
+    with pytest.raises(
+        ValueError, match=rf"the tokenizer can't be loaded: its files in {folder} {reason}"
+    ) as error:
         kivi_jax.generate(params, "text")
+    assert "trust_remote_code" not in str(error.value)
