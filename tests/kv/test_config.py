@@ -39,7 +39,8 @@ def test_fields_that_do_not_fit_are_refused(fields, message, monkeypatch):
 
 @pytest.mark.parametrize("key_bits", [2, 4])
 @pytest.mark.parametrize("value_bits", [2, 4])
-def test_every_mix_has_a_name(key_bits, value_bits):
+def test_every_mix_has_a_name(key_bits, value_bits, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
     config = resolve_kv(f"kivi-k{key_bits}v{value_bits}", 64, 2)
     assert config == KVConfig(np.int64(key_bits), np.int64(value_bits))
     assert type(config.key_bits) is int
