@@ -15,8 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth")
 # What safetensors calls the dtypes that weights may be stored in; 8 bits and fewer need scales that are elsewhere.
 STORED_DTYPES = ("BF16", "F16", "F32", "F64")
+# Of a checkpoint's problems, as many as are told.
+TOLD_PROBLEMS = 20
 # Of a tensor, read and converted at a time.
 PIECE_BYTES = 2**24
 
@@ -96,7 +99,7 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
         for tensor in _header(file):
             if (other := tensors.setdefault(tensor.name, tensor)) is not tensor:
                 raise CheckpointError(
-                    f"{folder}: {other.file.name} and {file.name} both hold {tensor.name}; which one counts is unknown"
+                    f"{folder}: {other.file.name} and {file.name} both hold {tensor.name!r}; which counts is unknown"
                 )
     return list(tensors.values())
 
@@ -113,19 +116,32 @@ def _weight_files(folder: Path) -> list[Path]:
             name for name in names if Path(name).name != name or not name.endswith(".safetensors")
         ]:
             raise CheckpointError(
-                f"{folder / INDEX_FILE} names files outside the folder, or not safetensors: {sorted(outside)}"
+                f"{folder / INDEX_FILE} names files outside the folder, or not safetensors: "
+                + ", ".join(first_few(sorted(map(repr, outside))))
             )
         files = [folder / name for name in sorted(names)]
     else:
         files = [folder / WEIGHTS_FILE]
     if missing := [file.name for file in files if not file.exists()]:
-        pickled = any(folder.glob("*.bin"))
-        advice = (
-            "; pickled .bin weights are never loaded, as loading them can run code: take a revision with safetensors, "
-            "or save them again as safetensors"
-        )
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}{advice if pickled else ''}")
+        advice = ""
+        if any(file for pattern in PICKLED for file in folder.glob(pattern)):
+            advice = (
+                "; pickled weights (.bin, .pt, .pth) are never loaded, as loading them can run code: take a revision "
+                "with safetensors, or save them again as safetensors"
+            )
+        elif missing == [WEIGHTS_FILE]:
+            advice = (
+                f"; weights are read from it or from the shards that {INDEX_FILE} names, with the tensors' names of "
+                "transformers, and from no other kind of file"
+            )
+        raise CheckpointError(f"{folder} lacks {', '.join(first_few(missing))}{advice}")
     return files
+
+
+def first_few(told: list[str]) -> list[str]:
+    """As much of a list as belongs in an error, and how much more there is."""
+    rest = len(told) - TOLD_PROBLEMS
+    return [*told[:TOLD_PROBLEMS], f"and {rest} more"] if rest > 0 else told
 
 
 def _header(file: Path) -> list[StoredTensor]:

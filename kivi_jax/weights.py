@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from kivi_jax.checkpoint import PIECE_BYTES, STORED_DTYPES, CheckpointError, StoredTensor, stored_tensors
+from kivi_jax.checkpoint import (
+    PIECE_BYTES,
+    STORED_DTYPES,
+    CheckpointError,
+    StoredTensor,
+    first_few,
+    stored_tensors,
+)
 from kivi_jax.models.registry import FAMILIES, Split, WeightRow, abstract_model
 from kivi_jax.models.sharding import parameter_sharding
 from kivi_jax.orbax_weights import ORBAX_FOLDER, restore_weights, stored_shapes
 
 # Tensors of older checkpoints that hold nothing a configuration doesn't.
 IGNORED = re.compile(r".*rotary_emb\.inv_freq")
-# Of a checkpoint's problems, as many as are told.
-TOLD_PROBLEMS = 20
 
 # Parameters by path, such as "layers.0.attention.k_proj.kernel".
 Expected = Mapping[str, jax.ShapeDtypeStruct]
@@ -50,12 +56,17 @@ def read_weights(
         unit_scale=True,
         unit_divisor=1024,
         leave=False,
-        disable=None,  # where nobody watches
+        disable=unwatched(),
     ) as progress:
         for path, array in arrays:
             weights[path] = array.block_until_ready()  # or the host might hold many that are under way
             progress.update(array.nbytes)
     return weights
+
+
+def unwatched() -> bool | None:
+    """tqdm's `disable`: None shows a bar on terminals only, but takes it that there is a stderr."""
+    return True if sys.stderr is None else None
 
 
 def abstract_weights(
@@ -72,7 +83,7 @@ def abstract_weights(
 
 def _read_orbax(folder: Path, expected: Expected) -> Iterator[tuple[str, Array]]:
     stored = stored_shapes(folder)
-    problems = [f"unexpected {path}" for path in stored if path not in expected]
+    problems = [f"unexpected {path!r}" for path in stored if path not in expected]
     problems += [
         f"{path} has shape {stored[path]}, expected {leaf.shape}"
         for path, leaf in expected.items()
@@ -107,7 +118,7 @@ def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> li
             if source is not None and source.paths == ("head.kernel",):
                 repeated.append(tensor)
             elif not IGNORED.fullmatch(tensor.name):
-                problems.append(f"unexpected {tensor.name}")
+                problems.append(f"unexpected {tensor.name!r}")
             continue
         shapes = [expected[path].shape for path in source.paths]
         shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
@@ -170,10 +181,9 @@ def _place(leaf: jax.ShapeDtypeStruct, read: Callable[..., np.ndarray]) -> Array
 
 def _refuse(folder: Path, problems: list[str], missing: list[str]) -> None:
     problems = problems + [f"missing the tensor for {path}" for path in missing]
-    if len(problems) > TOLD_PROBLEMS:
-        problems = [*problems[:TOLD_PROBLEMS], f"and {len(problems) - TOLD_PROBLEMS} more"]
     if problems:
-        raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  " + "\n  ".join(problems))
+        told = "\n  ".join(first_few(problems))
+        raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  {told}")
 
 
 def flat(nested: Mapping[Any, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class FalconConfig:
                 f"config.json: num_ln_in_parallel_attn {num_norms!r} is not supported, only 1, "
                 "or 2 with new_decoder_architecture"
             )
-        theta, scaling, max_positions = read_rope(fields)
+        theta, scaling, max_positions = read_rope(fields, fields["hidden_size"] // num_heads)
         return cls(
             vocab_size=fields["vocab_size"],
             hidden_size=fields["hidden_size"],

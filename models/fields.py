@@ -4,8 +4,8 @@ Fields are checked before they are used, so that a wrong one is a clear ValueErr
 fields the defaults of transformers hold.
 """
 
-import math
 import reprlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +35,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
+GREATEST_SIZE = 2**31 - 1  # positions and tokens are int32
+MOST_LAYERS = 1000  # far more than any model has; each takes time and memory before a weight is looked for
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -54,13 +56,18 @@ def refuse_other_arithmetic(fields: Mapping[str, Any]) -> None:
 def read_sizes(fields: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()) -> None:
     """
     Raises:
-        ValueError: a required field is missing, or any is not a positive whole number.
+        ValueError: a required field is missing, or any is not a positive whole number below 2^31, or there are too many
+            layers.
     """
     if missing := [name for name in required if fields.get(name) is None]:
         raise ValueError(f"config.json lacks the fields {', '.join(missing)}")
     sizes = {name: fields[name] for name in (*required, *optional) if fields.get(name) is not None}
     if wrong := {name: size for name, size in sizes.items() if not is_size(size)}:
-        raise ValueError(f"config.json: these must be positive whole numbers, got {wrong}")
+        raise ValueError(
+            f"config.json: these must be positive whole numbers below 2^31, got {reprlib.repr(wrong)}"
+        )
+    if (layers := sizes.get("num_hidden_layers", 0)) > MOST_LAYERS:
+        raise ValueError(f"config.json: num_hidden_layers must be at most {MOST_LAYERS}, got {layers}")
 
 
 def read_positive(fields: Mapping[str, Any], name: str, default: float) -> float:
@@ -112,8 +119,8 @@ def read_sliding_windows(
 
 
 def is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= GREATEST_SIZE
 
 
 def is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

@@ -112,7 +112,8 @@ def read_decoder(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    theta, scaling, max_positions = read_rope(fields)
+    head_dim = read_head_dim(fields)
+    theta, scaling, max_positions = read_rope(fields, head_dim)
     return {
         "vocab_size": fields["vocab_size"],
         "hidden_size": fields["hidden_size"],
@@ -120,7 +121,7 @@ def read_decoder(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": fields["num_hidden_layers"],
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
-        "head_dim": read_head_dim(fields),
+        "head_dim": head_dim,
         "max_positions": max_positions,
         "rope_theta": theta,
         "rope_scaling": scaling,

@@ -131,13 +131,13 @@ def rotate(x: Float[Array, "B T H D"], angles: Angles) -> Float[Array, "B T H D"
     return rotated.astype(x.dtype)
 
 
-def read_rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int]:
+def read_rope(fields: Mapping[str, Any], head_dim: int) -> tuple[float, RopeScaling | None, int]:
     """Base, scaling and the longest text, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
 
     The longest text is `max_position_embeddings`, or more where `dynamic` and `yarn` extend it.
 
     Raises:
-        ValueError: an unknown rope type, or one that lacks its fields.
+        ValueError: an unknown rope type, or one that lacks its fields or does not fit `head_dim`.
     """
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(fields.get(name) or {}, Mapping):
@@ -152,7 +152,10 @@ def read_rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int
     if theta <= 1:
         raise ValueError(f"config.json: rope_theta must be above 1, got {theta}")
     max_positions: int = fields["max_position_embeddings"]
-    match kind := rope.get("rope_type", rope.get("type", "default")):
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("dynamic", "yarn") and head_dim < 4:
+        raise ValueError(f"config.json: rope type {kind!r} needs a head_dim of at least 4, got {head_dim}")
+    match kind:
         case "default":
             return theta, None, max_positions
         case "linear":
@@ -211,7 +214,7 @@ def _original_length(fields: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
     name = "original_max_position_embeddings"
     length = fields.get(name) or rope.get(name) or fields["max_position_embeddings"]
     if not is_size(length):
-        raise ValueError(f"config.json: {name} must be a positive whole number, got {length!r}")
+        raise ValueError(f"config.json: {name} must be a positive whole number below 2^31, got {length!r}")
     return int(length)
 
 

@@ -13,6 +13,16 @@ import kivi_jax
 from kivi_jax import CheckpointError
 from tests.checkpoints import TINY, random_tensors, write_checkpoint, write_shards
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
 
 def test_all_problems_are_reported_at_once(tmp_path):
     tensors = random_tensors(TINY)
@@ -27,7 +37,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         "  missing the tensor for head.kernel",
         "  missing the tensor for norm.scale",
         "  model.layers.0.self_attn.q_proj.weight has shape (5, 7), expected (128, 48)",
-        "  unexpected model.layers.7.mlp.up_proj.weight",
+        "  unexpected 'model.layers.7.mlp.up_proj.weight'",
     ]
 
 
@@ -60,8 +70,13 @@ def no_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
-def pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def renamed(name):
+    """Damage: no weights but those in the file `name`."""
+
+    def damage(folder):
+        (folder / "model.safetensors").rename(folder / name)
+
+    return damage
 
 
 def missing_shard(folder):
@@ -72,6 +87,11 @@ def missing_shard(folder):
 def write_index(folder, text):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
+
+
+def all_shards_missing(folder):
+    weight_map = {str(number): f"model-{number}.safetensors" for number in range(200)}
+    write_index(folder, json.dumps({"weight_map": weight_map}))
 
 
 def outside_shard(folder):
@@ -117,6 +137,11 @@ def repeated_key(folder):
     file.write_bytes(struct.pack("<Q", len(text)) + text + data + bytes(48 * 4))
 
 
+def named_for_terminals(folder):
+    """A tensor whose name would colour what follows it."""
+    write_checkpoint(folder, random_tensors(TINY) | {"\x1b[31m": np.zeros(1, np.float32)})
+
+
 def changed(name, change):
     """Damage: the tensor `name` changed."""
 
@@ -151,9 +176,13 @@ def integers(folder):
         (cut_short, "damaged or cut short"),
         (garbage, "damaged or cut short"),
         (empty, "damaged or cut short"),
-        (no_weights, r"lacks model.safetensors$"),
-        (pickled, "pickled .bin weights are never loaded"),
-        (missing_shard, "lacks model-00002-of-00003.safetensors"),
+        (no_weights, r"lacks model.safetensors; weights are read from it or from the shards"),
+        (renamed("consolidated.safetensors"), "and from no other kind of file"),
+        (renamed("model.Q4_0.gguf"), "and from no other kind of file"),
+        (renamed("pytorch_model.bin"), "lacks model.safetensors; pickled weights .* are never loaded"),
+        (renamed("consolidated.00.pth"), "pickled weights .* are never loaded"),
+        (missing_shard, "lacks model-00002-of-00003.safetensors$"),
+        (all_shards_missing, "lacks model-0.safetensors, .*, and 180 more$"),
         (outside_shard, "outside the folder"),
         (listed_map, "must map tensors to files"),
         (integers, "model.norm.weight is I32, expected one of BF16, F16, F32, F64"),
@@ -168,11 +197,12 @@ def integers(folder):
             r"up_proj.weight has shape \(48, 80\), expected \(80, 48\)",
         ),
         (folder_as_file, "outside the folder"),
-        (mapped_to_pickles, "or not safetensors: .'pytorch_model.bin'"),
+        (mapped_to_pickles, "or not safetensors: 'pytorch_model.bin'"),
         (empty_map, "must map tensors to files"),
         (shard_cut_short, "model-00002-of-00003.safetensors is damaged or cut short"),
         (repeated_key, "damaged or cut short"),
-        (repeated_tensor, "both hold model.embed_tokens.weight"),
+        (repeated_tensor, "both hold 'model.embed_tokens.weight'"),
+        (named_for_terminals, r"unexpected '\\x1b\[31m'$"),
     ],
 )
 def test_damage_is_one_clear_error(tmp_path, damage, message):
@@ -188,7 +218,7 @@ def test_damage_is_one_clear_error(tmp_path, damage, message):
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported, only llama"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_size": None, "vocab_size": None}, "lacks the fields vocab_size, hidden_size"),
-        ({"hidden_size": "48"}, "positive whole numbers, got {'hidden_size': '48'}"),
+        ({"hidden_size": "48"}, "positive whole numbers below 2\\^31, got {'hidden_size': '48'}"),
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "needs positive numbers, got {'factor': 0}"),
@@ -200,6 +230,10 @@ def test_damage_is_one_clear_error(tmp_path, damage, message):
         ({"head_dim": 33}, "even whole number"),
         ({"head_dim": None, "hidden_size": 50}, "even whole number"),
         ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"hidden_size": 10**400}, "whole numbers below 2"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers must be at most 1000"),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number"),
+        (dict.fromkeys(SIZES, 2**31 - 2), "the weights don't fit config.json"),
     ],
 )
 def test_unsupported_configurations_are_refused(tmp_path, changes, message):

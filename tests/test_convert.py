@@ -193,7 +193,7 @@ def test_weights_that_do_not_fit_the_configuration(converted, tmp_path):
     with pytest.raises(CheckpointError) as error:
         kivi_jax.load(folder)
     message = str(error.value)
-    assert "  unexpected layers.1.attention.k_proj.kernel\n" in message
+    assert "  unexpected 'layers.1.attention.k_proj.kernel'\n" in message
     assert "  embed.embedding has shape (101, 48), expected (100, 48)\n" in message
     assert "  missing the tensor for layers.0.attention.k_proj.bias" in message
 
