@@ -1,7 +1,9 @@
 """The `kivi-jax` command."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,9 @@ import typer
 from tqdm import tqdm
 
 import kivi_jax
+from kivi_jax.kv.config import find_kv
+from kivi_jax.sampling import make_sampler
+from kivi_jax.weights import unwatched
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -36,7 +41,7 @@ def generate(
     system: Annotated[
         str | None, typer.Option(help="System message before each prompt, with --chat.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate for a prompt.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")] = 128,
     temperature: Annotated[
         float | None, typer.Option(help="0, the default, takes the most likely token, more samples.")
     ] = None,
@@ -65,7 +70,7 @@ def generate(
     ] = False,
     prefill_chunk: Annotated[
         int | None,
-        typer.Option(help="Most prompt tokens to run at a time, for long prompts in little memory."),
+        typer.Option(min=1, help="Most prompt tokens to run at a time, for long prompts in little memory."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
@@ -75,7 +80,7 @@ def generate(
         fail("--system needs --chat")
     if logprobs and not as_json:
         fail("--logprobs needs --json")
-    given = {
+    given: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -83,7 +88,10 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    try:
+    with one_line_errors():
+        # Found wrong before the weights are read.
+        find_kv(kv)
+        make_sampler(**{"temperature": 0.0} | given)
         params = kivi_jax.load(model, dtype=dtype, revision=revision)
         steps: Iterator[Any] = kivi_jax.stream(
             params,
@@ -103,17 +111,13 @@ def generate(
             return
         results: list[list[kivi_jax.Completion]] = []
         total = len(prompt) * samples * max_new_tokens
-        with tqdm(total=total, unit="token", desc="generating", leave=False) as progress:
+        with tqdm(total=total, unit="token", desc="generating", leave=False, disable=unwatched()) as progress:
             for results in steps:
                 done = sum(len(completion.tokens) for completions in results for completion in completions)
                 progress.update(done - progress.n)
         for text, before, completions in zip(prompt, shown, results, strict=True):
             for completion in completions:
                 print(json_line(text, completion) if as_json else f"{before}{completion.text}\n")
-    except BrokenPipeError:  # whoever read along has had enough
-        raise SystemExit(1) from None
-    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:  # the last: out of memory
-        fail(str(error))
 
 
 @app.command()
@@ -126,10 +130,8 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
 ) -> None:
     """Writes a model in a form that loads straight onto several devices: kivi_jax.load(OUT, mesh=...)."""
-    try:
+    with one_line_errors():
         kivi_jax.convert(model, out, dtype, revision=revision)
-    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
-        fail(str(error))
     print(f"wrote {out}")
 
 
@@ -155,6 +157,25 @@ def print_stream(prompt: str, completions: Iterator[kivi_jax.Completion]) -> Non
         print(text[printed:], end="", flush=True)
         printed = max(printed, len(text))
     print()
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line on stderr where its input or the machine is at fault."""
+    try:
+        jax.devices()
+    except (
+        AssertionError,
+        RuntimeError,
+    ) as error:  # the first, without a message, where a plugin is not installed
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        fail(f"JAX can't start with JAX_PLATFORMS={platforms!r}: {str(error) or 'there is no such backend'}")
+    try:
+        yield
+    except BrokenPipeError:  # whoever read along has had enough
+        raise SystemExit(1) from None
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # JAX out of memory is a RuntimeError
+        fail(str(error) or "out of memory")
 
 
 def fail(message: str) -> NoReturn:

@@ -16,6 +16,7 @@ import jax
 import typer
 
 import kivi_jax
+from kivi_jax.cli import one_line_errors
 from kivi_jax.generation import PromptBatch
 from kivi_jax.text import encode
 
@@ -65,4 +66,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

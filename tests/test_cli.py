@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +18,8 @@ from kivi_jax.cli import app
 from kivi_jax.loading import DEMO_FOLDER
 from tests.checkpoints import write_checkpoint
 
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 SAMPLED = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -57,6 +63,7 @@ def test_several_prompts_are_one_batch():
     assert result.exit_code == 0
     for prompt, completion in zip(prompts, expected, strict=True):
         assert f"{prompt}{completion.text}\n" in result.stdout
+    assert not result.stderr  # no progress bar where it is no terminal
 
 
 def test_prints_every_sample():
@@ -79,6 +86,30 @@ def test_json_has_all_of_each_completion():
     ]
     (line,) = run("generate", "--prompt=x", "--json", "--max-new-tokens=2").stdout.splitlines()
     assert json.loads(line).keys() == {"prompt", "text", "tokens", "finish_reason"}
+
+
+def test_stop_strings_end_the_text():
+    params = kivi_jax.load("demo")
+    whole = kivi_jax.generate(params, "import os", max_new_tokens=24).text
+    stops = [whole[12:15], whole[8:10]]
+    expected = kivi_jax.generate(params, "import os", max_new_tokens=24, stop=stops).text
+    assert len(expected) < len(whole)
+    result = run(
+        "generate", "--prompt=import os", "--max-new-tokens=24", *(f"--stop={text}" for text in stops)
+    )
+    assert result.stdout == f"import os{expected}\n"
+
+
+def test_prompts_are_prefilled_in_chunks():
+    """Told by the log-probabilities: later chunks attend the earlier ones in 2 bits."""
+    params = kivi_jax.load("demo")
+    prompt = "import os\n" * 80
+    settings = {"max_new_tokens": 2, "logprobs": True}
+    whole = kivi_jax.generate(params, prompt, **settings)
+    expected = kivi_jax.generate(params, prompt, prefill_chunk=128, **settings)
+    assert expected.logprobs != whole.logprobs
+    command = ["generate", f"--prompt={prompt}", "--json", "--logprobs", "--max-new-tokens=2"]
+    assert json.loads(run(*command, "--prefill-chunk=128").stdout)["logprobs"] == expected.logprobs
 
 
 def test_chat_prints_the_answer_only(chat_folder):
@@ -120,6 +151,8 @@ def test_the_checkpoints_sampling_yields_to_flags(monkeypatch):
         (["--chat"], "no chat template"),
         (["--system", "Be brief."], "--system needs --chat"),
         (["--logprobs"], "--logprobs needs --json"),
+        (["--revision", "v1"], "revision 'v1' is for a model on the Hugging Face Hub"),
+        (["--prompt", "x\udcff"], "prompt 1 is not valid Unicode"),
     ],
 )
 def test_errors_are_one_line(arguments, message):
@@ -131,12 +164,62 @@ def test_errors_are_one_line(arguments, message):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_damaged_weights_give_no_traceback(tmp_path):
+def test_settings_are_refused_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr(kivi_jax, "load", None)
+    for arguments, message in (
+        (["--kv=kivi9"], "kv must be one of"),
+        (["--top-p=2"], "top_p must be in (0, 1]"),
+    ):
+        assert message in run("generate", "--prompt=x", *arguments).stderr
+
+
+def test_conversion_has_its_revision(tmp_path):
+    result = run("convert", "demo", str(tmp_path / "out"), "--revision=v1")
+    assert (result.exit_code, result.stderr.partition(";")[0]) == (
+        1,
+        "error: revision 'v1' is for a model on the Hugging Face Hub, and 'demo' is a folder\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "raised", "message"),
+    [
+        (
+            jax,
+            "devices",
+            AssertionError(),
+            "JAX can't start with JAX_PLATFORMS='cuda': there is no such backend",
+        ),
+        (jax, "devices", RuntimeError("no GPU"), "JAX can't start with JAX_PLATFORMS='cuda': no GPU"),
+        (kivi_jax, "load", MemoryError(), "out of memory"),
+        (kivi_jax, "load", RuntimeError("RESOURCE_EXHAUSTED"), "RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(module, name, raised, message, monkeypatch):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(module, name, fail)
+    result = run("generate", "--prompt=x")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {message}\n")
+
+
+def test_no_stderr_is_needed():
+    """With standard error closed, Python has None for it."""
+    arguments = ["-m", "kivi_jax.cli", "generate", "--prompt=import os", "--max-new-tokens=2", "--json"]
+    command = f"{shlex.join([sys.executable, *arguments])} 2>&-"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert len(json.loads(result.stdout)["tokens"]) == 2
+
+
+@pytest.mark.parametrize("program", [["-m", "kivi_jax.cli", "generate", "--prompt=x"], ["scripts/demo.py"]])
+def test_damaged_weights_give_no_traceback(tmp_path, program):
     folder = write_checkpoint(tmp_path)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
-    command = [sys.executable, "-m", "kivi_jax.cli", "generate", "--model", str(folder), "--prompt", "x"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, *program, "--model", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=ENVIRONMENT)
     assert result.returncode == 1
     assert "damaged or cut short" in result.stderr
     assert "Traceback" not in result.stderr

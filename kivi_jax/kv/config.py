@@ -136,15 +136,22 @@ def resolve_kv(kv: str | KVConfig, head_dim: int, num_layers: int) -> KVConfig:
     Raises:
         ValueError: an unknown name, a group size that does not divide `head_dim`, or an override without a layer.
     """
-    if isinstance(kv, str) and kv in PRESETS:
-        config = PRESETS[kv]
-    elif isinstance(kv, KVConfig):
-        config = kv
-    else:
-        raise ValueError(f"kv must be one of {', '.join(map(repr, PRESETS))} or a KVConfig, got {kv!r}")
+    config = find_kv(kv)
     for layer in config.of_layers(num_layers):
         _check_head_dim(layer, head_dim)
     return config
+
+
+def find_kv(kv: str | KVConfig) -> KVConfig:
+    """
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(kv, str) and kv in PRESETS:
+        return PRESETS[kv]
+    if isinstance(kv, KVConfig):
+        return kv
+    raise ValueError(f"kv must be one of {', '.join(map(repr, PRESETS))} or a KVConfig, got {kv!r}")
 
 
 def _check_head_dim(config: KVConfig, head_dim: int) -> None:
