@@ -19,7 +19,8 @@ def read_whole(name: str, value: Any, otherwise: str = "") -> int:
 
 
 def read_size(name: str, value: Any, otherwise: str = "") -> int:
-    """
+    """`read_whole` of a number from 1 on.
+
     Raises:
         ValueError: `value` is no whole number, or less than 1.
     """
@@ -30,9 +31,10 @@ def read_size(name: str, value: Any, otherwise: str = "") -> int:
 
 
 def read_number(name: str, value: Any, otherwise: str = "") -> float:
-    """
+    """`value` as a float.
+
     Raises:
-        ValueError: `value` is no number, or one beyond a float's range.
+        ValueError: it is no number, or one beyond a float's range.
     """
     try:
         if isinstance(value, SupportsFloat) and not isinstance(value, bool):

@@ -164,10 +164,7 @@ def one_line_errors() -> Iterator[None]:
     """Ends the program with one line on stderr where its input or the machine is at fault."""
     try:
         jax.devices()
-    except (
-        AssertionError,
-        RuntimeError,
-    ) as error:  # the first, without a message, where a plugin is not installed
+    except (AssertionError, RuntimeError) as error:  # the first, without a message, for want of a plugin
         platforms = os.environ.get("JAX_PLATFORMS", "")
         fail(f"JAX can't start with JAX_PLATFORMS={platforms!r}: {str(error) or 'there is no such backend'}")
     try:

@@ -21,6 +21,7 @@ from kivi_jax.generation import PromptBatch
 from kivi_jax.text import encode
 
 PASS_KEY = "48213"
+REPETITION_PENALTY = 1.2  # so small a model repeats itself
 PROMPTS = (
     "Return True if the",
     'def is_open(self):\n        """Return',
@@ -34,9 +35,7 @@ PROMPTS = (
 def main(
     model: Annotated[str, typer.Option(help="folder, 'org/name' on the Hub or 'demo'")] = "demo",
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate for each prompt")] = 64,
-    temperature: Annotated[
-        float, typer.Option(help="0 is greedy, with which so small a model repeats itself")
-    ] = 0.6,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token, more samples")] = 0.6,
 ) -> None:
     params = kivi_jax.load(model)
     batch = PromptBatch.pad(encode(params, PROMPTS), max_new_tokens)
@@ -44,7 +43,13 @@ def main(
     for kv in ("bf16", "kivi2"):
         print(f"generating with kv={kv!r} …", flush=True)
         run = functools.partial(
-            kivi_jax.generate, params, PROMPTS, kv, max_new_tokens=max_new_tokens, temperature=temperature
+            kivi_jax.generate,
+            params,
+            PROMPTS,
+            kv,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            repetition_penalty=REPETITION_PENALTY,
         )
         completions = run()
         start = time.perf_counter()
