@@ -131,6 +131,7 @@ def compile_in_subprocess(
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
                 "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is not compiled is not dumped
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
                 "PYTHONPATH": os.pathsep.join((*path, *filter(None, sys.path))),
                 **environment(_dump(folder)),
             },

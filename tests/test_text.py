@@ -13,6 +13,8 @@ from kivi_jax.loading import DEMO_FOLDER
 from kivi_jax.text import CompletionReader, encode, load_tokenizer
 from tests.checkpoints import TINY, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

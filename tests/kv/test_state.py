@@ -12,6 +12,8 @@ from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import advance, empty_state
 from tests.numpy_kivi import fake_quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HEADS = 2
 
 
