@@ -18,7 +18,6 @@ from kivi_jax import KVConfig
 from kivi_jax.kv.config import resolve_kv
 from parity_report import GOLDENS, logits_alone, read_golden
 from tests.dequantized import attend_decoded, decode_state
-from tests.test_decoding import assert_same_logits
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -219,10 +218,9 @@ def test_row_does_not_depend_on_its_neighbours(name, kv):
         for token in text.following[row]:
             logits, state = kivi_jax.decode_step(params, jnp.asarray([token]), state)
             alone.append(logits)
-        if kv == "bf16":
-            assert_same_logits(together[row], np.concatenate(alone), kv)
-        else:  # a near tie that turns in the prompt moves every step by a little
-            np.testing.assert_allclose(np.concatenate(alone), together[row], rtol=0, atol=0.5)
+        # A near tie that turns in the prompt moves every step by a little.
+        atol = 1e-5 if kv == "bf16" else 0.5
+        np.testing.assert_allclose(np.concatenate(alone), together[row], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
