@@ -4,6 +4,8 @@ import dataclasses
 import operator
 from typing import Any
 
+from kivi_jax.arguments import read_whole
+
 UNQUANTIZED_BITS = 16  # stands for the activation dtype, whatever that is
 
 
@@ -36,11 +38,7 @@ class KVConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", _read_overrides(self.overrides))
         for name in ("key_bits", "value_bits", "group_size", "residual_length", "sink_tokens"):
-            size = getattr(self, name)
-            try:
-                object.__setattr__(self, name, operator.index(size))  # NumPy's whole numbers too
-            except TypeError:
-                raise ValueError(f"{name} must be a whole number, got {size!r}") from None
+            object.__setattr__(self, name, read_whole(name, getattr(self, name)))
         bits = self.bits
         if bits == (UNQUANTIZED_BITS, UNQUANTIZED_BITS):
             return
@@ -143,7 +141,8 @@ def resolve_kv(kv: str | KVConfig, head_dim: int, num_layers: int) -> KVConfig:
 
 
 def find_kv(kv: str | KVConfig) -> KVConfig:
-    """
+    """The configuration that `kv` names or is.
+
     Raises:
         ValueError: an unknown name.
     """

@@ -22,7 +22,7 @@ Layer = DenseLayer | QuantizedLayer
 )
 @dataclasses.dataclass(frozen=True)
 class KVState:
-    """Keys and values of a batch of sequences, all of them finite numbers.
+    """Keys and values of a batch of sequences; what a model gives that is no finite number is stored as 0.
 
     Attributes:
         lengths: int32 `[B]`, the tokens each row holds.
