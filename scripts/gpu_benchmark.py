@@ -35,6 +35,27 @@ STARTING = 30  # seconds that a worker needs to do anything at all
 TRY_SECONDS = 300  # most of one that generates
 
 
+Shape = tuple[int, int, int]  # query heads, KV heads, head_dim
+Sizes = tuple[tuple[int, int], ...]  # rows and tokens of attention, or tokens of prompts and new ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What is measured before anything of the next stage.
+
+    Attributes:
+        grid: of correctness, one of `gpu_correctness.GRIDS`.
+        attention: shapes, the most important first, and how many rows and tokens each is timed with.
+        kvs: what is generated with, bf16 first.
+        loads: tokens of prompts, and new ones.
+    """
+
+    grid: str
+    attention: tuple[tuple[Shape, Sizes], ...]
+    kvs: tuple[str, ...]
+    loads: Sizes
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is measured.
@@ -42,13 +63,11 @@ class Plan:
     Attributes:
         prefix: of the files' names.
         kernel: the implementation of decode attention that is measured.
-        small: whether the correctness grid and the model are the small ones.
+        stages: the most important first.
+        small: whether the model is the small one.
         copy_bytes: of the copy.
-        shapes: query heads, KV heads and head_dim.
-        cases: rows and tokens of attention, the most important first.
         most_caches: that attention goes around; each is one more attention in a program.
-        kvs: what is generated with: bits and residual length by name, bf16 and then the most important first.
-        loads: tokens of prompts, and new ones.
+        kvs: bits and residual length by name.
         limit: bytes that generation may use, None for the device's.
         torch_device: where PyTorch computes.
         environment: of all workers.
@@ -57,38 +76,48 @@ class Plan:
 
     prefix: str
     kernel: str
+    stages: tuple[Stage, ...]
     small: bool
     copy_bytes: int
-    shapes: tuple[tuple[int, int, int], ...]
-    cases: tuple[tuple[int, int], ...]
     most_caches: int
     kvs: Mapping[str, tuple[int, int]]
-    loads: tuple[tuple[int, int], ...]
     limit: int | None
     torch_device: str
     environment: Mapping[str, str]
     generation: Mapping[str, str]
 
 
+KVS = {
+    BF16: (16, 128),
+    "kivi2 R=32": (2, 32),
+    "kivi4 R=32": (4, 32),
+    "kivi2 R=128": (2, 128),
+    "kivi4 R=128": (4, 128),
+}
+GROUPED, MULTI_HEAD, MULTI_QUERY = (32, 8, 128), (32, 32, 128), (71, 1, 64)
+LONG: Sizes = ((16, 32768), (1, 32768), (64, 4096))
+SHORT: Sizes = tuple((rows, tokens) for tokens in (4096, 2048, 1024, 512) for rows in (1, 16))
 FULL = Plan(
     prefix="gpu",
     kernel="pallas_gpu",
+    stages=(
+        Stage(
+            "first",
+            ((GROUPED, LONG), (MULTI_HEAD, LONG[-1:]), (MULTI_QUERY, LONG[:1])),
+            (BF16, "kivi2 R=32"),
+            ((161, 338),),
+        ),
+        Stage(
+            "whole",
+            tuple((shape, (*SHORT, *LONG, (1, 131072))) for shape in (GROUPED, MULTI_HEAD, MULTI_QUERY)),
+            tuple(KVS),
+            ((161, 338), (4096, 256)),
+        ),
+    ),
     small=False,
     copy_bytes=2 * 2**30,
-    shapes=((32, 8, 128), (32, 32, 128), (71, 1, 64)),
-    cases=(
-        *((16, 32768), (1, 32768), (16, 4096), (64, 4096), (1, 4096), (1, 131072)),
-        *((rows, tokens) for rows in (1, 16) for tokens in (512, 1024, 2048)),
-    ),
     most_caches=32,  # as many as a model has layers
-    kvs={
-        BF16: (16, 128),
-        "kivi2 R=32": (2, 32),
-        "kivi4 R=32": (4, 32),
-        "kivi2 R=128": (2, 128),
-        "kivi4 R=128": (4, 128),
-    },
-    loads=((161, 338), (4096, 256)),
+    kvs=KVS,
     limit=None,
     torch_device="cuda",
     # So that workers' figures are what they use, and PyTorch has memory where JAX has had it.
@@ -99,13 +128,14 @@ FULL = Plan(
 SMOKE = Plan(
     prefix="smoke",
     kernel="xla",
+    stages=(
+        Stage("small", (((4, 2, 64), ((1, 256),)),), (BF16, "kivi2 R=32"), ((40, 24),)),
+        Stage("small", (((4, 2, 64), ((2, 160),)),), (), ()),
+    ),
     small=True,
     copy_bytes=2**20,
-    shapes=((4, 2, 64),),
-    cases=((1, 256), (2, 160)),
     most_caches=2,
-    kvs={BF16: (16, 128), "kivi2 R=32": (2, 32)},
-    loads=((40, 24),),
+    kvs=KVS,
     limit=40_000_000,
     torch_device="cpu",
     environment={"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
@@ -134,9 +164,15 @@ class Benchmark:
         seconds = max(min(self.left, TRY_SECONDS) if generation else self.left, 1)
         yield from work(script, job, seconds, environment(self.plan, generation, self.compilations))
 
+    def measured(self, part: str, **fields: Any) -> list[Record]:
+        """What need not be measured: with `again` only what this run has."""
+        if self.again:
+            fields["run"] = len(self.results.runs) - 1
+        return list(self.results.succeeded(part, **fields))
+
     def due(self, what: str, part: str, **fields: Any) -> bool:
         """Whether something is to be measured: not if it was, or if there is no time for it, which is said."""
-        if not self.again and any(self.results.succeeded(part, **fields)):
+        if self.measured(part, **fields):
             return False
         if self.left < STARTING:
             say(f"{what}: left out, no time")
@@ -144,27 +180,26 @@ class Benchmark:
         say(f"{what} …")
         return True
 
-    def correctness(self) -> None:
-        plan = self.plan
-        done = [] if self.again else [record["case"] for record in self.results.succeeded("correctness")]
+    def correctness(self, stage: Stage) -> None:
+        done = [record["case"] for record in self.measured("correctness")]
         if self.left < STARTING:
             say("correctness: left out, no time")
             return
-        say("correctness …")
-        job = {"kernel": plan.kernel, "small": plan.small, "threads": self.threads, "skip": done}
+        say(f"correctness, {stage.grid} grid …")
+        job = {"kernel": self.plan.kernel, "grid": stage.grid, "threads": self.threads, "skip": done}
         self.collect("gpu_correctness.py", job)
 
-    def copy(self) -> None:
+    def copy(self, stage: Stage) -> None:
         if self.due("copy", "copy"):
             self.collect("gpu_device.py", {"copy_bytes": self.plan.copy_bytes})
 
-    def attention(self) -> None:
-        for shape in self.plan.shapes:
-            self.jax_attention(shape)
-            self.torch_attention(shape)
+    def attention(self, stage: Stage) -> None:
+        for shape, sizes in stage.attention:
+            self.jax_attention(shape, sizes)
+            self.torch_attention(shape, sizes)
 
-    def jax_attention(self, shape: tuple[int, int, int]) -> None:
-        cases = self.attention_cases(shape, torch=False)
+    def jax_attention(self, shape: Shape, sizes: Sizes) -> None:
+        cases = self.due_sizes(shape, sizes, torch=False)
         if cases:
             job = {
                 "shape": shape,
@@ -177,11 +212,11 @@ class Benchmark:
             }
             self.collect("gpu_attention.py", job)
 
-    def torch_attention(self, shape: tuple[int, int, int]) -> None:
+    def torch_attention(self, shape: Shape, sizes: Sizes) -> None:
         if importlib.util.find_spec("torch") is None:
             say("PyTorch is not installed and takes no part")
             return
-        cases = self.attention_cases(shape, torch=True)
+        cases = self.due_sizes(shape, sizes, torch=True)
         if cases:
             job = {
                 "shape": shape,
@@ -192,29 +227,28 @@ class Benchmark:
             }
             self.collect("gpu_torch.py", job)
 
-    def attention_cases(self, shape: tuple[int, int, int], torch: bool) -> list[tuple[int, int]]:
-        """Those that are due. A case's times come together, but it was for nothing if the kernel failed."""
+    def due_sizes(self, shape: Shape, sizes: Sizes, torch: bool) -> list[tuple[int, int]]:
+        """Those that are due. Times of one come together, but were for nothing if the kernel failed."""
         if self.left < STARTING:
             say(f"attention {shape}: left out, no time")
             return []
         measured = {
             (record["batch"], record["tokens"])
-            for record in self.results.succeeded("attention", shape=list(shape))
+            for record in self.measured("attention", shape=list(shape))
             if ("torch" in record["contestant"] if torch else record["contestant"].endswith("kernel"))
         }
-        cases = [case for case in self.plan.cases if self.again or case not in measured]
+        cases = [size for size in sizes if size not in measured]
         if cases:
             say(f"attention {shape}{' in PyTorch' if torch else ''}: {len(cases)} cases …")
         return cases
 
-    def throughput(self) -> None:
-        names = list(self.plan.kvs)
-        for kvs in (names[:2], names[2:]):
-            for load in self.plan.loads:
-                for kv in kvs:
-                    self.generation(load, kv, LARGEST, batch=None)
-                    if kv != BF16:
-                        self.common_batch(load, kv)
+    def throughput(self, stage: Stage) -> None:
+        for load in stage.loads:
+            for kv in stage.kvs:
+                self.generation(load, kv, LARGEST, batch=None)
+            for kv in stage.kvs:
+                if kv != BF16:
+                    self.common_batch(load, kv)
 
     def common_batch(self, load: tuple[int, int], kv: str) -> None:
         prompt, new = load
@@ -326,10 +360,11 @@ def main(
         benchmark = Benchmark(
             plan, results, again, threads, [word for word in skip.split(",") if word], deadline, compilations
         )
-        for part in PARTS:
-            if part in chosen:
-                getattr(benchmark, part)()
-                render(results.path)
+        for stage in plan.stages:
+            for part in PARTS:
+                if part in chosen:
+                    getattr(benchmark, part)(stage)
+                    render(results.path)
     print(results.path.with_suffix(".md").read_text())
 
 

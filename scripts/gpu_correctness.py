@@ -70,7 +70,16 @@ class Case:
         return tuple(2.0 ** (-8 * (i + 1) / heads) for i in range(heads)) if self.alibi else None
 
 
-def grid() -> Iterator[Case]:
+def first() -> Iterator[Case]:
+    """What the other measurements run."""
+    kivi2 = KVConfig(2, 2)
+    for shape in (LLAMA3, LLAMA2, FALCON):
+        yield Case(shape, kivi2)
+    yield Case(LLAMA3, KVConfig(4, 4))
+    yield Case(LLAMA2, dataclasses.replace(kivi2, residual_length=32))
+
+
+def whole() -> Iterator[Case]:
     """Every shape with every pair of bits, and of what else varies, each with few shapes."""
     kivi2, kivi4 = KVConfig(2, 2), KVConfig(4, 4)
     for shape in (LLAMA3, LLAMA2, LLAMA3_70B, FALCON):
@@ -91,14 +100,18 @@ def grid() -> Iterator[Case]:
         yield Case(shape, kivi2, alibi=True)
 
 
-def small_grid() -> Iterator[Case]:
+def small() -> Iterator[Case]:
+    """For a CPU."""
     yield Case((4, 2, 64), KVConfig(2, 2), capacity=300)
     yield Case((3, 1, 128), KVConfig(4, 2, residual_length=32, sink_tokens=5), "float16", 300, 70, True)
 
 
-def measure(kernel: str, small: bool, threads: int, skip: list[str]) -> Iterator[Record]:
-    """A record for each case whose name `skip` does not list, as `threads` threads get them done."""
-    cases = [case for case in (small_grid() if small else grid()) if case.name not in skip]
+GRIDS = {"first": first, "whole": whole, "small": small}
+
+
+def measure(kernel: str, grid: str, threads: int, skip: list[str]) -> Iterator[Record]:
+    """A record for each case of the grid whose name `skip` does not list, as `threads` threads get them done."""
+    cases = [case for case in GRIDS[grid]() if case.name not in skip]
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(lambda case: check(case, kernel), cases)
 

@@ -18,7 +18,6 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
 }
 ROTATED_BYTES = 256 * 2**20
 LEAST_ATTENTIONS = 8  # in a pass

@@ -130,7 +130,7 @@ def set_ring_tokens(
 
 def _scatter_tokens(buffer: Array, tokens: Array, at: Array, active: Array) -> Array:
     at = jnp.where(active, at, buffer.shape[2])
-    return buffer.at[jnp.arange(at.size), :, at].set(tokens, mode="drop")
+    return row_major(buffer.at[jnp.arange(at.size), :, at].set(tokens, mode="drop"))
 
 
 def _select_tokens(buffer: Array, tokens: Array, at: Array, active: Array) -> Array:

@@ -57,7 +57,7 @@ def test_smoke_measures_every_part(smoke):
     assert all(record["passed"] and 0 < record["worst"] < 1e-5 for record in cases)
     (copy,) = results.of("copy")
     assert copy["bytes_per_second"] > 0
-    for batch, tokens in plan.cases:
+    for batch, tokens in sizes(plan):
         timed = {
             record["contestant"] for record in results.succeeded("attention", batch=batch, tokens=tokens)
         }
@@ -84,7 +84,7 @@ def test_smoke_writes_a_page(smoke):
     assert "2 of 2 cases are within 1e-5" in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| 4/2 × 64 | ")]
     times = {(row[1], row[2]): row for row in rows if len(row) == 14}
-    assert set(times) == {(str(batch), str(tokens)) for batch, tokens in gpu_benchmark.SMOKE.cases}
+    assert set(times) == {(str(batch), str(tokens)) for batch, tokens in sizes(gpu_benchmark.SMOKE)}
     for (batch, tokens), row in times.items():
         case = gpu_tables.attention_times(results)[(4, 2, 64), int(batch), int(tokens)]
         best = min(
