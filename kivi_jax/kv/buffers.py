@@ -37,6 +37,28 @@ def write(buffer: Array, update: Array, row: int | Array, index: int | Array, ax
     return row_major(jax.lax.dynamic_update_slice(buffer, update, starts))
 
 
+def take_rows(x: Array, rows: Int[Array, " N"]) -> Array:
+    """`rows` of `x`, any for those that there are not."""
+    if rows.size == 1:
+        return jax.lax.dynamic_slice_in_dim(x, rows[0], 1)
+    return x.at[rows].get(mode="clip")
+
+
+def write_rows(
+    buffer: Array, update: Array, rows: Int[Array, " N"], index: Int[Array, " N"], axis: int
+) -> Array:
+    """Writes `update[i]` to row `rows[i]`, `index[i]` times its own length along the token axis.
+
+    Of several rows, those that there are not are left out.
+    """
+    if rows.size == 1:
+        return write(buffer, update, rows[0], index[0], axis)
+    axis %= buffer.ndim
+    blocks = buffer.reshape(*buffer.shape[:axis], -1, *update.shape[axis:])
+    place = (rows, *[slice(None)] * (axis - 1), index)
+    return row_major(blocks.at[place].set(update, mode="drop").reshape(buffer.shape))
+
+
 def row_major(buffer: Array) -> Array:
     """`buffer`, in a TPU's or GPU's memory in the order of its axes.
 
@@ -65,6 +87,21 @@ def write_quantized(
 ) -> Quantized:
     written = (
         write(buffer, block, row, index, axis)
+        for buffer, block, axis in zip(buffers, update, axes, strict=True)
+    )
+    return Quantized(*written)
+
+
+def write_block_of_rows(
+    buffers: Quantized,
+    update: Quantized,
+    axes: tuple[int, ...],
+    rows: Int[Array, " N"],
+    index: Int[Array, " N"],
+) -> Quantized:
+    """`write_rows` of each array."""
+    written = (
+        write_rows(buffer, block, rows, index, axis)
         for buffer, block, axis in zip(buffers, update, axes, strict=True)
     )
     return Quantized(*written)

@@ -24,10 +24,13 @@ from kivi_jax.kv.buffers import (
     newest_in_ring,
     read_blocks,
     set_ring_tokens,
+    take_rows,
     take_tokens,
     write,
+    write_block_of_rows,
     write_blocks,
     write_quantized,
+    write_rows,
 )
 from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.quantize import (
@@ -190,21 +193,24 @@ class QuantizedLayer:
             sink_v=set_ring_tokens(self.sink_v, v, lengths, active),
         )
 
-    def flush(self, row: Array, length: Array) -> "QuantizedLayer":
-        """The ring of `row`, whole after `length` tokens, quantized into its packed block."""
+    def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "QuantizedLayer":
+        """The rings of `rows`, whole after `lengths` tokens, quantized into their packed blocks.
+
+        Of several rows, those that there are not are left out.
+        """
         residual = self.config.residual_length
-        start = length - residual
-        ring_k = jax.lax.dynamic_slice_in_dim(self.window_k, row, 1)
-        ring_v = jax.lax.dynamic_slice_in_dim(self.window_v, row, 1)
-        ring_k = self._without_sinks(ring_k, start + jnp.arange(residual))
+        starts = lengths - residual
+        ring_k, ring_v = take_rows(self.window_k, rows), take_rows(self.window_v, rows)
+        ring_k = self._without_sinks(ring_k, starts[:, None] + jnp.arange(residual))
         packed_k, packed_v = self._quantize(ring_k, ring_v)
         flushed_k = dequantize_keys(packed_k, self.config.key_bits, self.config.group_size)
-        slot = start // residual % self.blocks
+        slots = starts // residual % self.blocks
         layer = self._with_packed(
-            write_quantized(self.keys, packed_k, KEY_TOKEN_AXES, row, slot),
-            write_quantized(self.values, packed_v, VALUE_TOKEN_AXES, row, slot),
+            write_block_of_rows(self.keys, packed_k, KEY_TOKEN_AXES, rows, slots),
+            write_block_of_rows(self.values, packed_v, VALUE_TOKEN_AXES, rows, slots),
         )
-        window_k = write(self.window_k, flushed_k.astype(ring_k.dtype), row, index=0, axis=-2)
+        first = jnp.zeros_like(slots)
+        window_k = write_rows(self.window_k, flushed_k.astype(ring_k.dtype), rows, first, axis=-2)
         return dataclasses.replace(layer, window_k=window_k)
 
     def append_chunk(

@@ -16,6 +16,8 @@ from kivi_jax.kv.quantized import QuantizedLayer
 
 Layer = DenseLayer | QuantizedLayer
 
+FLUSHED_AT_ONCE_ON_GPU = 4096  # tokens of a layer
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["lengths", "layers"], meta_fields=["config", "capacity"]
@@ -89,10 +91,26 @@ def advance(state: KVState, active: Bool[Array, " B"]) -> KVState:
 def _flush_due(
     layers: dict[int, QuantizedLayer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
 ) -> dict[int, QuantizedLayer]:
+    # On a GPU a turn of one row is hundreds of kernels that have next to nothing to do.
+    (residual,) = {layer.config.residual_length for layer in layers.values()}
+    at_once = max(min(FLUSHED_AT_ONCE_ON_GPU // residual, due.size), 1)
+    on_gpu = functools.partial(_flush_in_turns, at_once)
+    in_turn = functools.partial(_flush_in_turns, 1)
+    return jax.lax.platform_dependent(layers, lengths, due, cuda=on_gpu, default=in_turn)
+
+
+def _flush_in_turns(
+    at_once: int, layers: dict[int, QuantizedLayer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
+) -> dict[int, QuantizedLayer]:
+    batch, count = due.size, jnp.sum(due)
     due_rows = jnp.argsort(~due)
 
     def flush(i: Array, layers: dict[int, QuantizedLayer]) -> dict[int, QuantizedLayer]:
-        row = due_rows[i]
-        return {place: layer.flush(row, lengths[row]) for place, layer in layers.items()}
+        places = i * at_once + jnp.arange(at_once)
+        rows = due_rows[jnp.minimum(places, batch - 1)]
+        full = lengths[rows]
+        if at_once > 1:
+            rows = jnp.where(places < count, rows, batch)  # which there is not, and is left out
+        return {place: layer.flush(rows, full) for place, layer in layers.items()}
 
-    return jax.lax.fori_loop(0, jnp.sum(due), flush, layers)
+    return jax.lax.fori_loop(0, (count + at_once - 1) // at_once, flush, layers)

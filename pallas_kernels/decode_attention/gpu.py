@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.kv.state import Layer
 from kivi_jax.pallas_kernels.alibi import Slopes
-from kivi_jax.pallas_kernels.decode_attention.gpu_plan import ROWS, Plan, list_work
+from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Plan, list_work
 from kivi_jax.pallas_kernels.devices import nvidia_capability
 
 try:
@@ -67,7 +67,7 @@ def decode_attention(
         sliding_window=layer.sliding_window,
         alibi=alibi_slopes is not None,
     )
-    work, first_entries, entries = list_work(lengths, plan)
+    work, of_rows = list_work(lengths, plan)
     inputs = {
         **work,
         "lengths": lengths.astype(jnp.int32),
@@ -80,7 +80,7 @@ def decode_attention(
     if alibi_slopes is not None:
         inputs["slopes"] = jax.lax.reduce_precision(jnp.asarray(alibi_slopes, jnp.float32), 8, 7)
     items = work["rows"].size
-    places = (items, kv_heads, plan.row_blocks * ROWS)
+    places = (items, kv_heads, plan.row_blocks * plan.rows)
     results = {
         "maximum": jax.ShapeDtypeStruct(places, jnp.float32),
         "denominator": jax.ShapeDtypeStruct(places, jnp.float32),
@@ -94,7 +94,7 @@ def decode_attention(
         interpret=interpret,
         name="kivi_decode_attention",
     )(*inputs.values())
-    names = ("first_entries", "entries", *results, "out")
+    names = (*of_rows, *results, "out")
     return pl.pallas_call(
         functools.partial(gpu_kernel.merge, shared=plan.shared, names=names),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -102,7 +102,7 @@ def decode_attention(
         compiler_params=gpu_kernel.compiler_params(warps=4),
         interpret=interpret,
         name="kivi_merge",
-    )(first_entries, entries, *parts)
+    )(*of_rows.values(), *parts)
 
 
 def check_supported(q: Array, layer: Layer) -> None:

@@ -4,72 +4,80 @@ Triton has no operations for either but inline assembly. Each is there a second 
 """
 
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Float, Int16, Int32
+from jaxtyping import Float, Int16
 
 from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import wide
 
+MANTISSA_BITS = {jnp.dtype(jnp.bfloat16): 7, jnp.dtype(jnp.float16): 10}
+
+
+class Field(NamedTuple):
+    """Where a code lies in a half of a word, and where it goes.
+
+    Attributes:
+        shift: by how many bits the half is moved to the right, the same for as many fields as possible.
+        position: of the code's lowest bit in the mantissa then.
+        unit: an unpacked code is -(1 + code / unit).
+    """
+
+    shift: int
+    position: int
+    unit: float
+
+
+def fields_of(bits: int, dtype: Any) -> list[Field]:
+    """Of a half of a word, from its lowest bit on."""
+    mantissa = MANTISSA_BITS[jnp.dtype(dtype)]
+    together = mantissa // bits
+    places = [divmod(i, together) for i in range(16 // bits)]
+    return [Field(before * together * bits, i * bits, 2.0 ** (mantissa - i * bits)) for before, i in places]
+
 
 def unpack(
-    halves: Int16[Array, "W C"], bit: int, bits: int, dtype: Any, interpret: bool
-) -> Float[Array, "W C"]:
-    """`1 + code / 2^bits`: the code becomes the highest bits of the mantissa of a one.
+    halves: Int16[Array, "*n"], field: Field, bits: int, dtype: Any, interpret: bool
+) -> Float[Array, "*n"]:
+    """`-(1 + code / unit)`: the code becomes bits of the mantissa of a minus one.
 
     Flipping the top bit of a field, which is code - 2^(bits - 1) in two's complement, makes it the code.
     """
-    mantissa = 7 if dtype == jnp.bfloat16 else 10
-    one = (2 ** (14 - mantissa) - 1) << mantissa
-    mask = (2**bits - 1) << (mantissa - bits)
-    flipped = one ^ (1 << (mantissa - 1))
-    left = mantissa - bits - bit
+    mantissa = MANTISSA_BITS[jnp.dtype(dtype)]
+    minus_one = ((2 ** (14 - mantissa) - 1) << mantissa) - 2**15
+    mask = (2**bits - 1) << field.position
+    flipped = minus_one ^ (1 << (field.position + bits - 1))
     if interpret:
-        moved = halves << max(left, 0) if left >= 0 else jax.lax.shift_right_logical(halves, jnp.int16(-left))
+        moved = jax.lax.shift_right_logical(halves, jnp.int16(field.shift))
         return jax.lax.bitcast_convert_type((moved & jnp.int16(mask)) ^ jnp.int16(flipped), dtype)
-    shift = f"shl.b32 moved, $1, {left};" if left >= 0 else f"shr.u32 moved, $1, {-left};"
-    both = 0x10001  # two numbers to a register
-    # (a & b) ^ c
+    # Two numbers to a register; lop3 0x6A is (a & b) ^ c.
+    mask, flipped = (0x10001 * (x & 0xFFFF) for x in (mask, flipped))
     return _in_pairs(
-        f"{{ .reg .b32 moved; {shift} lop3.b32 $0, moved, {mask * both}, {flipped * both}, 0x6A; }}",
+        f"{{ .reg .b32 moved; shr.u32 moved, $1, {field.shift}; "
+        f"lop3.b32 $0, moved, {mask}, {flipped}, 0x6A; }}",
         dtype,
         halves,
     )
 
 
-def unit_of(bits: int) -> float:
-    """An unpacked code is 1 + code / unit."""
-    return 2.0**bits
-
-
-def middle_code(bits: int) -> float:
-    return (2**bits - 1) / 2
-
-
-def multiply(x: Float[Array, "*n"], y: Float[Array, "*n"], interpret: bool) -> Float[Array, "*n"]:
+def negative(scale: Float[Array, "*n"], interpret: bool) -> Float[Array, "*n"]:
+    """-scale, as an exclusive or: the assembler would pair the halves of a plain scale anew for each use."""
     if interpret:
-        return (wide(x) * wide(y)).astype(x.dtype)
-    # Plus -0, which leaves a product as it is: Ampere multiplies pairs of bfloat16 in no other way.
-    kind = _pair(x.dtype)
-    return _in_pairs(
-        f"{{ .reg .b32 none; mov.b32 none, 0x80008000; fma.rn.{kind} $0, $1, $2, none; }}", x.dtype, x, y
-    )
+        return -scale
+    return _in_pairs("xor.b32 $0, $1, 0x80008000;", scale.dtype, scale)
 
 
-def multiply_add(
-    x: Float[Array, "*n"], y: Float[Array, "*n"], z: Float[Array, "*n"], interpret: bool
+def scaled(
+    unpacked: Float[Array, "*n"], negative_scale: Float[Array, "*n"], interpret: bool
 ) -> Float[Array, "*n"]:
-    """x · y + z, rounded once."""
+    """scale · code / unit, rounded once."""
     if interpret:
-        return (wide(x) * wide(y) + wide(z)).astype(x.dtype)
-    return _in_pairs(f"fma.rn.{_pair(x.dtype)} $0, $1, $2, $3;", x.dtype, x, y, z)
-
-
-def _pair(dtype: Any) -> str:
-    return "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+        return (wide(unpacked) * wide(negative_scale) + wide(negative_scale)).astype(unpacked.dtype)
+    kind = "bf16x2" if unpacked.dtype == jnp.bfloat16 else "f16x2"
+    return _in_pairs(f"fma.rn.{kind} $0, $1, $2, $2;", unpacked.dtype, unpacked, negative_scale)
 
 
 def _in_pairs(assembly: str, dtype: Any, *args: Array) -> Array:
@@ -98,20 +106,3 @@ def exp2_of_sum(
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
     )
     return result
-
-
-def anew(index: Int32[Array, "*n"], tile: Array, use: str, interpret: bool) -> Int32[Array, "*n"]:
-    """`index`, of which the compiler does not know that it is the same for other uses and other tiles.
-
-    What is read twice, and addresses, it would otherwise keep in registers, and there are too few of them.
-    """
-    if interpret:
-        return index
-    (same,) = plgpu.elementwise_inline_asm(
-        f"mov.b32 $0, $1; // {use}",
-        args=[index, jnp.broadcast_to(tile, index.shape)],
-        constraints="=r,r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(index.shape, index.dtype)],
-    )
-    return same

@@ -14,25 +14,25 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
 from kivi_jax.pallas_kernels.decode_attention.gpu_packed import attend_packed
-from kivi_jax.pallas_kernels.decode_attention.gpu_plan import ROWS, Plan
+from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Plan
 from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import (
     LOWEST,
     Item,
     Sums,
     bias,
-    channels_of,
     dot,
+    pieces,
     score_unit,
     wide,
 )
 
-EXACT_TOKENS = 32  # exact tokens taken at a time
+EXACT_TOKENS = 16  # exact tokens taken at a time
 MERGED_ITEMS = 32  # items merged at a time
 
 
 def compiler_params(warps: int) -> Any:
-    """Of a program of so many warps. Nothing is pipelined: warps wait for each other's loads."""
-    return plgpu.CompilerParams(num_warps=warps, num_stages=1)
+    """Of a program of so many warps, which reads a tile ahead."""
+    return plgpu.CompilerParams(num_warps=warps, num_stages=2)
 
 
 def attend(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> None:
@@ -50,35 +50,34 @@ def attend(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> N
             lambda: _attend_exact(plan, ref, item),
             lambda: attend_packed(plan, ref, item, first_tile, tiles, interpret),
         )
-        real = block * ROWS + jnp.arange(ROWS) < plan.shared
+        places = block * plan.rows + jnp.arange(plan.rows)
+        real = places < plan.shared
         for name, values in (("maximum", sums.maximum), ("denominator", sums.denominator)):
-            plgpu.store(ref[name].at[entry, head, pl.ds(block * ROWS, ROWS)], values, mask=real)
-        for group, weighted in enumerate(sums.weighted):
-            place = ref["weighted"].at[entry, head, pl.ds(block * ROWS, ROWS), channels_of(plan, group)]
-            plgpu.store(place, weighted, mask=jnp.broadcast_to(real[:, None], weighted.shape))
+            plgpu.store(ref[name].at[entry, head, places], values, mask=real)
+        for channels, weighted in zip(pieces(plan), sums.weighted, strict=True):
+            place = ref["weighted"].at[entry, head, places[None, :], channels[:, None]]
+            plgpu.store(place, weighted, mask=jnp.broadcast_to(real[None, :], weighted.shape))
 
 
 def _begin(plan: Plan, ref: dict[str, Any], entry: Array, head: Array, block: Array) -> Item:
     row = ref["rows"][entry]
     # Padding repeats the last query head.
-    query_heads = head * plan.shared + jnp.minimum(block * ROWS + jnp.arange(ROWS), plan.shared - 1)
+    places = block * plan.rows + jnp.arange(plan.rows)
+    query_heads = head * plan.shared + jnp.minimum(places, plan.shared - 1)
     slopes = ref["slopes"][query_heads] if plan.alibi else None
     return Item(row, ref["lengths"][row], head, ref["first_kv_head"][0] + head, query_heads, slopes)
 
 
 def _attend_exact(plan: Plan, ref: dict[str, Any], item: Item) -> Sums:
     """The new token, the ring and the sinks."""
-    channels = jnp.arange(plan.head_dim)[None, :]
-    q = ref["q"][item.row, item.query_heads[:, None], channels]
-    score = jnp.sum(wide(q) * wide(ref["k"][item.row, item.new_head, :])[None, :], axis=1)
+    q = ref["q"][item.row, item.query_heads[None, :], jnp.arange(plan.head_dim)[:, None]]
+    score = jnp.sum(wide(q) * wide(ref["k"][item.row, item.new_head, :])[:, None], axis=0)
     if item.slopes is not None:
         score += bias(item.slopes, item.length)
     score = score * score_unit(plan)
-    value = (
-        wide(ref["v"][item.row, item.new_head, channels_of(plan, group)]) for group in range(plan.groups)
-    )
-    weighted = tuple(jnp.broadcast_to(x[None, :], (ROWS, plan.group_size)) for x in value)
-    sums = Sums(score, jnp.ones(ROWS), weighted)
+    values = (wide(ref["v"][item.row, item.new_head, channels]) for channels in pieces(plan))
+    weighted = tuple(jnp.broadcast_to(x[:, None], (x.size, plan.rows)) for x in values)
+    sums = Sums(score, jnp.ones(plan.rows), weighted)
     places = jnp.arange(EXACT_TOKENS)
 
     def attend_ring(i: Array, sums: Sums) -> Sums:
@@ -101,7 +100,7 @@ def _attend_exact(plan: Plan, ref: dict[str, Any], item: Item) -> Sums:
 def _add_exact(
     plan: Plan,
     item: Item,
-    q: Float[Array, "rows D"],
+    q: Float[Array, "D rows"],
     sums: Sums,
     k: Any,
     v: Any,
@@ -110,23 +109,22 @@ def _add_exact(
     oldest: int,
 ) -> Sums:
     """Adds `tokens`, which lie in `slots`, of those from `oldest` on that the sliding window reaches."""
-    scores = dot(q, k[item.row, item.head, slots[:, None], jnp.arange(plan.head_dim)[None, :]].T)
+    scores = dot(k[item.row, item.head, slots[:, None], jnp.arange(plan.head_dim)[None, :]], q)
     if item.slopes is not None:
         scores += bias(item.slopes, tokens)
     scores = scores * score_unit(plan)
     live = tokens >= oldest
     if plan.sliding_window is not None:
         live &= tokens > item.length - plan.sliding_window
-    scores = jnp.where(live[None, :], scores, -jnp.inf)
-    sums = sums.shrunk_to(jnp.maximum(sums.maximum, scores.max(1)))
-    weights = jnp.exp2(scores - sums.maximum[:, None])
+    scores = jnp.where(live[:, None], scores, -jnp.inf)
+    sums = sums.shrunk_to(jnp.maximum(sums.maximum, scores.max(0)))
+    weights = jnp.exp2(scores - sums.maximum[None, :])
     rounded = weights.astype(q.dtype)
-    channels = jnp.arange(plan.group_size)[None, :]
     weighted = tuple(
-        total + dot(rounded, v[item.row, item.head, slots[:, None], group * plan.group_size + channels])
-        for group, total in enumerate(sums.weighted)
+        total + dot(v[item.row, item.head, slots[:, None], channels[None, :]].T, rounded)
+        for channels, total in zip(pieces(plan), sums.weighted, strict=True)
     )
-    return Sums(sums.maximum, sums.denominator + weights.sum(1), weighted)
+    return Sums(sums.maximum, sums.denominator + weights.sum(0), weighted)
 
 
 def merge(*refs: Any, shared: int, names: tuple[str, ...]) -> None:
@@ -134,7 +132,7 @@ def merge(*refs: Any, shared: int, names: tuple[str, ...]) -> None:
     ref = dict(zip(names, refs, strict=True))
     row, query_head = pl.program_id(0), pl.program_id(1)
     head, place = jax.lax.div(query_head, shared), jax.lax.rem(query_head, shared)
-    first, count = ref["first_entries"][row], ref["entries"][row]
+    first, count, exact = (ref[name][row] for name in ("first_packed", "packed", "exact"))
     channels = jnp.arange(ref["out"].shape[-1])[None, :]
 
     def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -153,7 +151,8 @@ def merge(*refs: Any, shared: int, names: tuple[str, ...]) -> None:
             weighted * shrink + jnp.sum(factors[:, None] * values, axis=0),
         )
 
-    start = (jnp.float32(LOWEST), jnp.float32(0), jnp.zeros(channels.shape[1]))
+    start = tuple(ref[name][exact, head, place] for name in ("maximum", "denominator"))
+    start = (*start, ref["weighted"][exact, head, place, :])
     passes = jax.lax.div(count + MERGED_ITEMS - 1, MERGED_ITEMS)
     _, denominator, weighted = jax.lax.fori_loop(0, passes, add, start)
     ref["out"][row, query_head, :] = (weighted / denominator).astype(ref["out"].dtype)

@@ -2,92 +2,121 @@
 
 Codes never leave registers once they are unpacked, because of the order in which tokens are taken: a tile is 16
 words, 256 tokens, and one matrix product takes the same field of each of the 16. Softmax does not care for the order,
-and keys, values, scales and masks follow it alike.
+and keys, values, scales and masks follow it alike. Keys and values are the products' left sides and the queries' heads
+their columns: of those a product has 8 at the least, which is what most models' query heads of a KV head fit in.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int, Int16, Int32
 
 from kivi_jax.pallas_kernels.decode_attention.gpu_codes import (
-    anew,
+    Field,
     exp2_of_sum,
-    middle_code,
-    multiply,
-    multiply_add,
-    unit_of,
+    fields_of,
+    negative,
+    scaled,
     unpack,
 )
-from kivi_jax.pallas_kernels.decode_attention.gpu_plan import ROWS, TILE, WORD_TOKENS, WORDS, Plan
-from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import LOWEST, Item, Sums, bias, dot, score_unit
+from kivi_jax.pallas_kernels.decode_attention.gpu_plan import TILE, WORD_TOKENS, WORDS, Plan
+from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import (
+    LOWEST,
+    VALUE_CHANNELS,
+    Item,
+    Sums,
+    bias,
+    dot,
+    pieces,
+    score_unit,
+)
 
-FIELDS = 8  # tokens that are scored before the softmax goes on, of each word
-COLUMNS = 8  # of the products that sum probabilities with values' zeros and scales: the narrowest there are
-KEY_CHANNELS = 16  # channels of keys unpacked at a time, as registers allow
+KEY_CHANNELS = 32  # channels of keys unpacked at a time, as registers allow
+SUMMED = 16  # rows of the products that sum probabilities, with values' zeros or alone: the fewest there are
 
 
 class PackedSums(NamedTuple):
-    """Sums over packed tokens, with the parts of a value apart that its group of channels shares.
+    """Sums over packed tokens, with the zero of a value apart, which its group of channels shares.
 
-    A value is `zero + middle · scale + (code - middle) · scale`. `weighted` sums probability times scale times the
-    unpacked code, `1 + code / 2^bits`. Of the others, columns `[:, g]` belong to channel group g: `zeros` sums
-    probability times zero, less what the unpacked codes' constant put into `weighted`; `scales` sums probability times
-    scale, and after the last group the probabilities alone.
+    `weighted` sums probability times scale times code. Of `zeros`, one for each unit of values' fields, row g sums
+    probability times unit times the zero of group g. Every row of `denominators` sums the probabilities.
     """
 
     maximum: Float[Array, " rows"]
-    weighted: tuple[Float[Array, "rows G"], ...]
-    zeros: Float[Array, "rows columns"]
-    scales: Float[Array, "rows columns"]
+    denominators: Float[Array, "16 rows"]
+    weighted: tuple[Float[Array, "C rows"], ...]  # by piece of the channels
+    zeros: tuple[Float[Array, "16 rows"], ...]
 
     def shrunk_to(self, maximum: Float[Array, " rows"]) -> "PackedSums":
-        shrink = jnp.exp2(self.maximum - maximum)[:, None]
-        return PackedSums(
-            maximum, tuple(x * shrink for x in self.weighted), self.zeros * shrink, self.scales * shrink
-        )
+        shrink = jnp.exp2(self.maximum - maximum)[None, :]
+        weighted, zeros = (tuple(x * shrink for x in sums) for sums in (self.weighted, self.zeros))
+        return PackedSums(maximum, self.denominators * shrink, weighted, zeros)
 
-    def finish(self, plan: Plan) -> Sums:
-        unit, middle = unit_of(plan.value_bits), middle_code(plan.value_bits)
-        columns = jnp.arange(COLUMNS)[None, :]
+    def finish(self, plan: Plan, units: list[float]) -> Sums:
+        zeros = functools.reduce(jnp.add, (x / unit for x, unit in zip(self.zeros, units, strict=True)))
+        numbers = jnp.arange(SUMMED)[:, None]
 
-        def column(x: Array, index: int) -> Array:
-            return jnp.sum(jnp.where(columns == index, x, 0), axis=1)
+        def row(x: Array, index: int) -> Array:
+            return jnp.sum(jnp.where(numbers == index, x, 0), axis=0)
 
-        shared = self.zeros + middle * self.scales
-        weighted = tuple(unit * x + column(shared, group)[:, None] for group, x in enumerate(self.weighted))
-        return Sums(self.maximum, column(self.scales, plan.groups), weighted)
+        of_groups = [row(zeros, group) for group in range(plan.groups)]
+        weighted = (x + of_groups[group_of(plan, piece)][None, :] for piece, x in enumerate(self.weighted))
+        return Sums(self.maximum, row(self.denominators, 0), tuple(weighted))
+
+
+def group_of(plan: Plan, piece: int) -> int:
+    return piece * VALUE_CHANNELS // plan.group_size
 
 
 def attend_packed(
     plan: Plan, ref: dict[str, Any], item: Item, first_tile: Array, tiles: Array, interpret: bool
 ) -> Sums:
+    q = [ref["q"][item.row, item.query_heads[None, :], channels[:, None]] for channels in _key_pieces(plan)]
+    units = _units(plan.value_bits, q[0].dtype)
+
     def add_tile(i: Array, sums: PackedSums) -> PackedSums:
-        for first in range(0, WORD_TOKENS, FIELDS):
-            sums = _add_fields(plan, ref, item, i, first, sums, interpret)
-        return sums
+        return _add_tile(plan, ref, item, q, i, sums, interpret)
 
-    nothing = jnp.zeros((ROWS, COLUMNS))
     start = PackedSums(
-        jnp.full(ROWS, LOWEST),
-        tuple(jnp.zeros((ROWS, plan.group_size)) for _ in range(plan.groups)),
-        nothing,
-        nothing,
+        jnp.full(plan.rows, LOWEST),
+        jnp.zeros((SUMMED, plan.rows)),
+        tuple(jnp.zeros((x.size, plan.rows)) for x in pieces(plan)),
+        tuple(jnp.zeros((SUMMED, plan.rows)) for _ in units),
     )
-    return jax.lax.fori_loop(first_tile, first_tile + tiles, add_tile, start).finish(plan)
+    return jax.lax.fori_loop(first_tile, first_tile + tiles, add_tile, start).finish(plan, units)
 
 
-def _words(plan: Plan, tile: Array, use: str, interpret: bool) -> Int32[Array, " W"]:
+def _units(bits: int, dtype: Any) -> list[float]:
+    return sorted({field.unit for field in fields_of(bits, dtype)})
+
+
+def _key_pieces(plan: Plan) -> list[Int32[Array, " C"]]:
+    return [start + jnp.arange(KEY_CHANNELS) for start in range(0, plan.head_dim, KEY_CHANNELS)]
+
+
+def _words(plan: Plan, tile: Array) -> Int32[Array, " W"]:
     """The 16 words of a tile, as counted in the row; a word is that of 16 tokens, whatever the bits.
 
     The tile may reach beyond what there is: then its last words are all the last one.
     """
-    words = anew(jnp.full(WORDS, tile), tile, use, interpret) * WORDS + jnp.arange(WORDS)
+    words = tile * WORDS + jnp.arange(WORDS)
     return jnp.minimum(words, plan.capacity // WORD_TOKENS - 1) if plan.capacity % TILE else words
+
+
+def _groups(plan: Plan, tile: Array) -> Int32[Array, " groups"]:
+    """Those of keys in a tile, as counted in the row; the last one for those beyond what there is."""
+    count = TILE // plan.group_size
+    groups = tile * count + jnp.arange(count)
+    return jnp.minimum(groups, plan.capacity // plan.group_size - 1) if plan.capacity % TILE else groups
+
+
+def _repeat(x: Float[Array, "n C"], times: int) -> Float[Array, "m C"]:
+    """Each row so many times."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], times, x.shape[1])).reshape(-1, x.shape[1])
 
 
 def _first_tokens(plan: Plan, item: Item, tile: Array) -> Int32[Array, " W"]:
@@ -115,124 +144,141 @@ def _is_partial(plan: Plan, item: Item, tile: Array) -> Array | bool:
     return partial | (tile == 0) if plan.sinks else partial
 
 
-def _add_fields(
-    plan: Plan, ref: dict[str, Any], item: Item, tile: Array, first: int, sums: PackedSums, interpret: bool
+def _add_tile(
+    plan: Plan,
+    ref: dict[str, Any],
+    item: Item,
+    q: list[Float[Array, "C rows"]],
+    tile: Array,
+    sums: PackedSums,
+    interpret: bool,
 ) -> PackedSums:
-    """Adds FIELDS tokens of every word, from `first` on."""
-    less, shared = _scores(plan, ref, item, tile, first, interpret)
+    dtype = q[0].dtype
+    words = _words(plan, tile)
+    more, shared, key_units = _scores(plan, ref, item, q, tile, words, interpret)
+    highest = [
+        shared
+        + unit
+        * functools.reduce(jnp.maximum, [x for x, of in zip(more, key_units, strict=True) if of == unit])
+        for unit in _units(plan.key_bits, dtype)
+    ]
     unit = score_unit(plan)
-    maximum = ((shared - functools.reduce(jnp.minimum, less)) * unit).max(1)
+    maximum = (functools.reduce(jnp.maximum, highest) * unit).max(0)
     sums = sums.shrunk_to(jnp.maximum(sums.maximum, maximum))
-    dtype = ref["q"].dtype
-    shared = shared * unit - sums.maximum[:, None]
-    probabilities = [exp2_of_sum(x, -unit, shared, interpret).astype(dtype) for x in less]
+    shared = shared * unit - sums.maximum[None, :]
+    # Times the units of the values that they weight, which costs nothing here.
+    value_units = _units_of_word(plan.value_bits, dtype)
+    shared_by_unit = {of: shared + math.log2(of) for of in set(value_units)}
+    probabilities = [
+        exp2_of_sum(x, unit * key_unit, shared_by_unit[value_unit], interpret).astype(dtype)
+        for x, key_unit, value_unit in zip(more, key_units, value_units, strict=True)
+    ]
 
-    words = _words(plan, tile, f"values {first}", interpret)
-    places = words[:, None] * WORD_TOKENS + (first + jnp.arange(FIELDS))[None, :]
-    columns = jnp.arange(COLUMNS)[None, :]
-    zeros, scales = sums.zeros, sums.scales
-    offset = -(unit_of(plan.value_bits) + middle_code(plan.value_bits))
+    # Of a word's tokens, one after the other.
+    places = words[:, None] * WORD_TOKENS + jnp.arange(WORD_TOKENS)[None, :]
+    denominators = sums.denominators
+    zeros = dict(zip(_units(plan.value_bits, dtype), sums.zeros, strict=True))
+    for zero, value_unit, probability in zip(
+        _zeros(plan, ref, item, places), value_units, probabilities, strict=True
+    ):
+        zeros[value_unit] += dot(zero, probability)
+        denominators += dot(jnp.full((SUMMED, WORDS), 1 / value_unit, dtype), probability)
     weighted = []
-    for group, total in enumerate(sums.weighted):
-        channels = group * plan.group_size + jnp.arange(plan.group_size)
-        codes = _read_codes(ref["v_codes"], item, words, channels, first, plan.value_bits)
-        scale = ref["v_scale"][item.row, item.head, group, places]
-        own_column = jnp.where(anew(columns, tile, f"{group} {first}", interpret) == group, offset, 0.0)
-        own_column = jnp.broadcast_to(own_column, (WORDS, COLUMNS)).astype(dtype)
-        for probability, code, factor in zip(probabilities, codes, _split(scale), strict=True):
-            factor = jnp.broadcast_to(factor[None, :], (ROWS, WORDS))
-            scaled = multiply(probability, factor, interpret)
-            total += dot(scaled, unpack(*code, plan.value_bits, dtype, interpret))
-            zeros += dot(scaled, own_column)
+    for piece, (channels, total) in enumerate(zip(pieces(plan), sums.weighted, strict=True)):
+        codes = _read_codes(ref["v_codes"], item, words, channels, plan.value_bits, dtype)
+        scales = _split(ref["v_scale"][item.row, item.head, group_of(plan, piece), places])
+        for probability, (halves, field), scale in zip(probabilities, codes, scales, strict=True):
+            unpacked = unpack(halves, field, plan.value_bits, dtype, interpret)
+            scale = negative(jnp.broadcast_to(scale[:, None], unpacked.shape), interpret)
+            values = scaled(unpacked, scale, interpret)
+            total += dot(values.T, probability)
         weighted.append(total)
+    return PackedSums(sums.maximum, denominators, tuple(weighted), tuple(zeros.values()))
 
-    # Zeros and scales of all groups at once, tokens in their own order. Columns without a group weight tokens with 1.
-    ordered = _interleave(probabilities)
-    at = (item.row, item.head, jnp.minimum(columns, plan.groups - 1).T, places.reshape(1, -1))
-    real = jnp.broadcast_to(plan.groups > columns.T, (COLUMNS, WORDS * FIELDS))
-    zeros += dot(ordered, plgpu.load(ref["v_zero"].at[at], mask=real, other=1.0).T)
-    scales += dot(ordered, plgpu.load(ref["v_scale"].at[at], mask=real, other=1.0).T)
-    return PackedSums(sums.maximum, tuple(weighted), zeros, scales)
+
+def _zeros(
+    plan: Plan, ref: dict[str, Any], item: Item, places: Int32[Array, "W fields"]
+) -> list[Float[Array, "16 W"]]:
+    """Values' zeros by group, again and again in as many rows as it takes, of every word's first token, second, …"""
+    groups = jnp.arange(plan.groups)[:, None]
+    zero = ref["v_zero"][item.row, item.head, groups, places.reshape(1, -1)]
+    times = SUMMED // plan.groups
+    return [
+        jnp.broadcast_to(x[None], (times, *x.shape)).reshape(SUMMED, WORDS)
+        for x in _split(zero.reshape(plan.groups, *places.shape))
+    ]
 
 
 def _scores(
-    plan: Plan, ref: dict[str, Any], item: Item, tile: Array, first: int, interpret: bool
-) -> tuple[list[Float[Array, "rows W"]], Float[Array, "rows W"]]:
-    """What one token of every word after the other takes off what a word's tokens share; inf for those not attended.
+    plan: Plan,
+    ref: dict[str, Any],
+    item: Item,
+    q: list[Float[Array, "C rows"]],
+    tile: Array,
+    words: Int32[Array, " W"],
+    interpret: bool,
+) -> tuple[list[Float[Array, "W rows"]], Float[Array, "W rows"], list[float]]:
+    """What one token of every word after the other has beside what a word's tokens share, in units of its own: a score
+    is `shared + unit · more`, and `more` is -inf where a token is not attended.
 
-    A key is `zero + scale · code`, and an unpacked code 1 + code / 2^bits. The matrix product takes
-    `scale · 2^bits · unpacked - offset`, about (code - middle) · scale, which rounds relative to that; what is missing,
-    `zero - scale · 2^bits + offset`, is added by products that don't round. All signs but that of zero are reversed, so
-    that one accumulator does.
+    A key is `zero + scale · code`. Only the product is rounded, and only where more than one bit of the code is set.
     """
-    unit, middle = unit_of(plan.key_bits), middle_code(plan.key_bits)
-    words_in_group = plan.group_size // WORD_TOKENS
-    words = _words(plan, tile, f"keys {first}", interpret)
-    groups = jax.lax.shift_right_logical(words, words_in_group.bit_length() - 1)[:, None]
-    less = [jnp.zeros((ROWS, WORDS))] * FIELDS
-    shared = jnp.zeros((ROWS, WORDS))
-    query_heads = anew(item.query_heads, item.row, f"queries {first}", interpret)[:, None]
-    for start in range(0, plan.head_dim, KEY_CHANNELS):
-        channels = start + jnp.arange(KEY_CHANNELS)
-        q = ref["q"][item.row, query_heads, channels[None, :]]
-        place = (item.row, item.head, groups, channels[None, :])
-        scale, zero = (ref[name][place] for name in ("k_scale", "k_zero"))
-        offset = scale * jnp.asarray(unit + middle, scale.dtype)
-        scale = scale * jnp.asarray(-unit, scale.dtype)
-        for part in (zero, scale, offset):
-            shared += dot(q, part.T)
-        codes = _read_codes(ref["k_codes"], item, words, channels, first, plan.key_bits)
-        for j, code in enumerate(codes):
-            unpacked = unpack(*code, plan.key_bits, q.dtype, interpret)
-            less[j] += dot(q, multiply_add(unpacked, scale, offset, interpret).T)
+    groups = _groups(plan, tile)
+    dtype = q[0].dtype
+    units = _units_of_word(plan.key_bits, dtype)
+    more = [jnp.zeros((WORDS, plan.rows))] * WORD_TOKENS
+    shared = jnp.zeros((WORDS, plan.rows))
+    for channels, of_channels in zip(_key_pieces(plan), q, strict=True):
+        place = (item.row, item.head, groups[:, None], channels[None, :])
+        zero, scale = (_repeat(ref[name][place], WORDS // groups.size) for name in ("k_zero", "k_scale"))
+        shared += dot(zero, of_channels)
+        scale = negative(scale, interpret)
+        codes = _read_codes(ref["k_codes"], item, words, channels, plan.key_bits, dtype)
+        for j, (halves, field) in enumerate(codes):
+            unpacked = unpack(halves, field, plan.key_bits, dtype, interpret)
+            more[j] += dot(scaled(unpacked, scale, interpret), of_channels)
+    first_tokens = _first_tokens(plan, item, tile)
     if item.slopes is not None:
-        first_tokens = _first_tokens(plan, item, tile)
-        less = [x - bias(item.slopes, first_tokens + first + j) for j, x in enumerate(less)]
+        more = [
+            x + bias(item.slopes, first_tokens + j) / unit
+            for j, (x, unit) in enumerate(zip(more, units, strict=True))
+        ]
     oldest = jnp.int32(plan.sinks)
     if plan.sliding_window is not None:
         oldest = jnp.maximum(oldest, item.length - plan.sliding_window + 1)
 
-    def mask(less: list[Array]) -> list[Array]:
-        first_tokens = _first_tokens(plan, item, tile) + first
+    def mask(more: list[Array]) -> list[Array]:
         lowest, end = oldest - first_tokens, item.length - plan.residual - first_tokens
-        return [jnp.where(((j >= lowest) & (j < end))[None, :], x, jnp.inf) for j, x in enumerate(less)]
+        return [jnp.where(((j >= lowest) & (j < end))[:, None], x, -jnp.inf) for j, x in enumerate(more)]
 
     partial = _is_partial(plan, item, tile)
     # A constant condition does not lower.
-    less = mask(less) if partial is True else jax.lax.cond(partial, mask, lambda less: less, less)
-    return less, shared
+    more = mask(more) if partial is True else jax.lax.cond(partial, mask, lambda more: more, more)
+    return more, shared, units
 
 
-class Code(NamedTuple):
-    """A field of 16-bit halves of words, from bit `bit` on."""
-
-    halves: Int16[Array, "W channels"]
-    bit: int
+def _units_of_word(bits: int, dtype: Any) -> list[float]:
+    """Of the fields of `WORD_TOKENS` tokens."""
+    return [field.unit for field in fields_of(bits, dtype)] * (WORD_TOKENS * bits // 16)
 
 
 def _read_codes(
-    codes: Any, item: Item, words: Int32[Array, " W"], channels: Int[Array, " C"], first: int, bits: int
-) -> list[Code]:
-    """Codes of the tokens from `first` on, of every 16, which at 2 bits are a word and at 4 bits two."""
-    rows = words if bits == 2 else 2 * words + first * bits // 32
-    found = codes[item.row, item.head, rows[:, None], channels[None, :]]
-    halves = found.astype(jnp.int16), jax.lax.shift_right_logical(found, 16).astype(jnp.int16)
-    places = [bits * (first + j) % 32 for j in range(FIELDS)]
-    return [Code(halves[place // 16], place % 16) for place in places]
+    codes: Any, item: Item, words: Int32[Array, " W"], channels: Int[Array, " C"], bits: int, dtype: Any
+) -> list[tuple[Int16[Array, "W C"], Field]]:
+    """Codes of every 16 tokens, which at 2 bits are a word and at 4 bits two: fields of halves of words."""
+    found = []
+    for i in range(bits // 2):
+        rows = bits // 2 * words + i
+        word = codes[item.row, item.head, rows[:, None], channels[None, :]]
+        halves = word.astype(jnp.int16), jax.lax.shift_right_logical(word, 16).astype(jnp.int16)
+        found += [(half, field) for half in halves for field in fields_of(bits, dtype)]
+    return found
 
 
-def _interleave(xs: list[Float[Array, "rows n"]]) -> Float[Array, "rows m"]:
-    """Columns of the arrays in turn: the first column of each, then the second. A power of two of arrays."""
-    while len(xs) > 1:
-        pairs = zip(xs[: len(xs) // 2], xs[len(xs) // 2 :], strict=True)
-        xs = [jnp.stack(pair, axis=-1) for pair in pairs]
-    return xs[0].reshape(xs[0].shape[0], -1)
-
-
-def _split(x: Float[Array, "n fields"]) -> list[Float[Array, " n"]]:
-    """Columns of an array, a power of two of them."""
-    count = x.shape[1]
-    parts = [(0, x.reshape(x.shape[0], *[2] * (count.bit_length() - 1)))]
+def _split(x: Float[Array, "*n fields"]) -> list[Float[Array, "*n"]]:
+    """Along the last axis, of a power of two."""
+    count = x.shape[-1]
+    parts = [(0, x.reshape(*x.shape[:-1], *[2] * (count.bit_length() - 1)))]
     weight = 1
     while weight < count:
         parts = [

@@ -4,19 +4,24 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Int
 
-ROWS = 16  # query heads of a program: those of a matrix product's tile, fewer are padded
-WORDS = 16  # of a tile: tokens that one matrix product of values sums over
+from kivi_jax.pallas_kernels.devices import nvidia_capability
+
+WORDS = 16  # of a tile: rows of a matrix product of keys, and what one of values sums over
 WORD_TOKENS = 16  # a word here is that of 16 tokens, whatever the bits
 TILE = WORDS * WORD_TOKENS
 # A program is a warp that takes up to 255 registers, of which a multiprocessor has 65536 (Ampere to Blackwell).
 WARPS_PER_MULTIPROCESSOR = 8
 MULTIPROCESSORS = 132  # of an H100, where a program is compiled without a GPU
-# Programs that don't all run at once end at different times; with so many rounds of them that matters little.
-ROUNDS = 4
-LEAST_TILES = 2  # of an item, whose output costs about as much as half a tile
+# Of a multiprocessor, by compute capability; others are taken for an H100.
+SHARED_MEMORY = {8.0: 164 * 1024, 8.6: 100 * 1024, 8.9: 100 * 1024, 9.0: 228 * 1024, 12.0: 100 * 1024}
+SHARED_MEMORY_BESIDE_TILE = 3 * 1024  # of a program: for layouts that change, and what the driver keeps
+ITEM_TILES = 0.75  # what an item costs beside its tiles, to begin, to write and to merge
+MOST_ROUNDS = 4  # of programs that run at once
+CANDIDATES = 64  # sizes of items that are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,41 +46,59 @@ class Plan:
         return self.head_dim // self.group_size
 
     @property
+    def rows(self) -> int:
+        """Query heads of a program, the columns of its matrix products; fewer are padded. More take more registers."""
+        return 16 if self.shared > 8 and self.head_dim == 64 else 8
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a tile as it is stored, codes, scales and zeros of 16 bits."""
+        codes = TILE * self.head_dim * (self.key_bits + self.value_bits) // 8
+        groups = TILE * self.head_dim // self.group_size
+        return codes + 2 * groups * 4
+
+    @property
     def row_blocks(self) -> int:
-        return -(-self.shared // ROWS)
+        return -(-self.shared // self.rows)
 
 
-def list_work(
-    lengths: Int[Array, " B"], plan: Plan
-) -> tuple[dict[str, Array], Int[Array, " B"], Int[Array, " B"]]:
-    """Row, first tile and tiles of every item (-1 tiles: the exact tokens; 0: nothing to do), and each row's items."""
+def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Row, first tile and tiles of every item (-1 tiles: the exact tokens; 0: nothing to do); and of every row the
+    first of its packed items, their number, and its exact one.
+    """
     batch = lengths.shape[0]
     most_tiles = -(-plan.capacity // TILE)
-    programs = WARPS_PER_MULTIPROCESSOR * _multiprocessors()
-    per_entry = plan.kv_heads * plan.row_blocks
-    rounds = 1 if 4 * batch * per_entry <= programs else ROUNDS
-    # Rounding up gives every row one packed item more, and there is its exact one.
-    budget = max(rounds * programs // per_entry - 2 * batch, batch)
+    per_item = plan.kv_heads * plan.row_blocks
+    at_once = _programs_at_once(plan)
+    most_packed = max(MOST_ROUNDS * at_once // per_item, batch)
     tiles = -(-jnp.clip(lengths - plan.residual, 0, plan.capacity) // TILE)
-    most_in_item = jnp.maximum(-(-tiles.sum() // budget), LEAST_TILES)
-    packed_items = -(-tiles // most_in_item)
-    size = -(-tiles // jnp.maximum(packed_items, 1))
-    entries = packed_items + 1
-    first_entries = jnp.cumsum(entries) - entries
-    most_items = min(budget + batch, batch * -(-most_tiles // LEAST_TILES)) + batch
-    number = jnp.arange(most_items)
-    row = jnp.minimum((number[:, None] >= (first_entries + entries)[None]).sum(1), batch - 1)
-    index = number - first_entries[row] - 1
-    first_tile = index * size[row]
+    # Items are about equally long, and so programs that begin together end together.
+    sizes = jnp.asarray(np.unique(np.geomspace(1, most_tiles, CANDIDATES).round()), jnp.int32)
+    packed = (-(-tiles // sizes[:, None])).sum(1)
+    rounds = -(-packed * per_item // at_once)
+    cost = jnp.where(packed <= most_packed, rounds * (sizes + ITEM_TILES), jnp.inf)
+    most_in_item = sizes[jnp.argmin(cost)]
+    packed = -(-tiles // most_in_item)
+    size = -(-tiles // jnp.maximum(packed, 1))
+    # Those of exact tokens are the shortest and come last, to fill what is left of a round.
+    last = jnp.cumsum(packed)
+    first, exact = last - packed, last[-1] + jnp.arange(batch)
+    number = jnp.arange(min(most_packed, batch * most_tiles) + batch)
+    row = (number[:, None] >= last[None]).sum(1)
+    is_exact = (row == batch) & (number < last[-1] + batch)
+    row = jnp.where(is_exact, number - last[-1], jnp.minimum(row, batch - 1))
+    first_tile = (number - first[row]) * size[row]
     count = jnp.clip(tiles[row] - first_tile, 0, size[row])
-    work = {"rows": row, "first_tiles": first_tile, "tiles": jnp.where(index < 0, -1, count)}
-    return (
-        {name: x.astype(jnp.int32) for name, x in work.items()},
-        first_entries.astype(jnp.int32),
-        entries.astype(jnp.int32),
-    )
+    work = {"rows": row, "first_tiles": first_tile, "tiles": jnp.where(is_exact, -1, count)}
+    of_rows = {"first_packed": first, "packed": packed, "exact": exact}
+    work, of_rows = ({name: x.astype(jnp.int32) for name, x in fields.items()} for fields in (work, of_rows))
+    return work, of_rows
 
 
-def _multiprocessors() -> int:
+def _programs_at_once(plan: Plan) -> int:
+    """On the whole GPU, each of which holds the next tile in shared memory."""
     device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else MULTIPROCESSORS
+    multiprocessors = device.core_count if device.platform == "gpu" else MULTIPROCESSORS
+    shared = SHARED_MEMORY.get(nvidia_capability() or 0, SHARED_MEMORY[9.0])
+    fitting = shared // (plan.tile_bytes + SHARED_MEMORY_BESIDE_TILE)
+    return 2 * multiprocessors * max(min(WARPS_PER_MULTIPROCESSOR, fitting), 1)

@@ -1,6 +1,7 @@
 """What the state holds after prompts and single tokens, and how many bytes it takes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from kivi_jax.kv import KVConfig, buffers, dequantize_keys, dequantize_values, kv_bytes
+from kivi_jax.kv import state as kv_state
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import advance, empty_state
 from tests.numpy_kivi import fake_quantize
@@ -153,13 +155,38 @@ def test_flush_works_on_the_due_rows_only():
     """The compiled flush is a loop whose body touches one row; nothing outside it quantizes."""
     config = KVConfig(2, 2, 32, 32)
     state = empty_state(1, 8, 2, 64, 64, config, jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda state: advance(state, jnp.ones(8, bool)))(state)
-    loops = [equation for equation in jaxpr.eqns if equation.primitive.name == "while"]
-    assert len(loops) == 1
-    assert not any(equation.primitive.name in ("round", "reduce_max") for equation in jaxpr.eqns)
-    body = str(loops[0].params["body_jaxpr"])
-    assert "f32[1,2,32,64]" in body
-    assert "round" in body
+    compiled = jax.jit(lambda state: advance(state, jnp.ones(8, bool))).lower(state).as_text()
+    (loop,) = compiled.split("stablehlo.while")[1:]
+    assert "tensor<1x2x32x64xf32>" in loop
+    assert "stablehlo.round_nearest_even" not in compiled.partition("stablehlo.while")[0]
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (KVConfig(2, 2, 32, 32), None),
+        (KVConfig(4, 2, 32, 64, sink_tokens=5), None),
+        (KVConfig(2, 2, 32, 32), 70),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("at_once", [2, 3, 8])
+def test_rows_flushed_together_are_flushed_as_one_by_one(config, window, head_dim, at_once):
+    """Some rows are due, whose blocks go to other slots, and there are fewer than a turn takes or more."""
+    residual = config.residual_length
+    lengths = jnp.asarray([residual, 2 * residual, 40, 3 * residual, 3 * residual, 5])
+    k, v = random_kv(6, 4 * residual, head_dim)
+    empty = empty_state(1, 6, HEADS, 4 * residual, head_dim, config, jnp.float32, [window])
+    due = lengths % residual == 0
+    # As many tokens as before the last one, which does not matter here.
+    layers = {7: empty.layers[0].store_prompt(k, v, lengths - 1)}
+    one_by_one, together = (
+        jax.jit(functools.partial(kv_state._flush_in_turns, rows))(layers, lengths, due)
+        for rows in (1, at_once)
+    )
+    assert not np.array_equal(one_by_one[7].k_codes, layers[7].k_codes)
+    jax.tree.map(np.testing.assert_array_equal, together, one_by_one)
 
 
 @pytest.mark.parametrize(("window", "blocks"), [(20, 1), (48, 2), (100, 4), (None, 9)])

@@ -90,7 +90,7 @@ def test_items_of_a_gpu_of_four_programs(monkeypatch):
 
 
 def test_more_items_than_are_merged_at_a_time():
-    """One row of 17,000 tokens has 33 packed items."""
+    """One row of 17,000 tokens has 66 packed items."""
     check(KIVI2, 1, 1, 64, [17000], capacity=17024)
 
 
@@ -101,16 +101,17 @@ def test_work_list(monkeypatch, lengths, programs):
     monkeypatch.setattr(gpu_plan, "MULTIPROCESSORS", programs)
     monkeypatch.setattr(gpu_plan, "WARPS_PER_MULTIPROCESSOR", 1)
     plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 5120, 0, None, False)
-    work, first_entries, entries = gpu_plan.list_work(jnp.asarray(lengths), plan)
+    work, of_rows = gpu_plan.list_work(jnp.asarray(lengths), plan)
     rows, first_tiles, tiles = map(np.asarray, work.values())
+    first, packed, exact = map(np.asarray, of_rows.values())
     for row, length in enumerate(lengths):
-        own = slice(int(first_entries[row]), int(first_entries[row] + entries[row]))
+        own = slice(int(first[row]), int(first[row] + packed[row]))
         assert (rows[own] == row).all()
-        assert tiles[own][0] == -1
-        spans = [range(a, a + n) for a, n in zip(first_tiles[own][1:], tiles[own][1:], strict=True)]
+        spans = [range(a, a + n) for a, n in zip(first_tiles[own], tiles[own], strict=True)]
         assert [i for span in spans for i in span] == list(range(-(-max(length - 128, 0) // 256)))
         assert all(len(span) > 0 for span in spans)
-    assert (tiles[int(entries.sum()) :] == 0).all()
+        assert (rows[exact[row]], tiles[exact[row]]) == (row, -1)
+    assert (tiles != 0).sum() == packed.sum() + len(lengths)
 
 
 def test_queries_of_some_kv_heads():
