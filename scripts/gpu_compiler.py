@@ -80,7 +80,6 @@ class Kernel:
         stack, spill_stores, spill_loads: bytes of a thread in local memory, and bytes that instructions write and read
             there for lack of registers, each counted once.
         shared_memory: bytes of a block.
-        ptx: the kernel in NVIDIA's intermediate language.
         schedule: the instructions that it is assembled to.
     """
 
@@ -91,7 +90,6 @@ class Kernel:
     spill_stores: int
     spill_loads: int
     shared_memory: int
-    ptx: str
     schedule: Schedule
 
 
@@ -198,7 +196,6 @@ def _read_kernel(launch: re.Match[str], ptx: str) -> Kernel:
         spill_stores=int(figures["stores"]),
         spill_loads=int(figures["loads"]),
         shared_memory=int(launch["shared"]) + int(figures["shared"] or 0),
-        ptx=ptx,
         schedule=read_schedule(sass),
     )
 

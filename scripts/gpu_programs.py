@@ -1,9 +1,12 @@
-"""Decode attention's GPU kernels, compiled alone, described by plain numbers."""
+"""Decode attention's GPU kernels, compiled alone, described by plain numbers; and what a tile takes of them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gpu_compiler import CompiledForGPU
+from gpu_schedule import Loop
 from kivi_jax.pallas_kernels.decode_attention import gpu
+from kivi_jax.pallas_kernels.decode_attention.gpu_packed import KEY_CHANNELS
 from offline_compiler import Program
 from programs import Attention
 
@@ -15,3 +18,10 @@ def kernels(devices: Sequence[Any], cases: dict[str, dict[str, Any]]) -> Iterato
     """A program for each of `cases`: the fields of an `Attention`, by name."""
     for name, fields in cases.items():
         yield Attention(**fields).program(name, gpu.decode_attention)
+
+
+def tile_loop(compiled: CompiledForGPU, head_dim: int) -> Loop:
+    """The loop over tiles, together with the one in it, over channels of keys."""
+    schedule = compiled.kernels[ATTEND].schedule
+    inner = schedule.loops[schedule.loops.index(schedule.main_loop) + 1]
+    return schedule.main_loop.around(inner, head_dim // KEY_CHANNELS)

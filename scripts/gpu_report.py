@@ -14,8 +14,7 @@ from pathlib import Path
 
 import gpu_wheels
 from gpu_compiler import GPUS, CompiledForGPU, Kernel, compile_programs
-from gpu_programs import ATTEND, MERGE
-from gpu_schedule import Loop
+from gpu_programs import ATTEND, MERGE, tile_loop
 from kivi_jax.pallas_kernels.decode_attention import gpu_plan
 from programs import Attention
 from report_page import run, table
@@ -129,7 +128,7 @@ def programs_at_once(gpu: str, kernel: Kernel) -> int:
 
 
 def loop_section() -> Iterator[str]:
-    """The main loop, by kind of instruction, for `TOKENS` tokens of a program."""
+    """The loop over tiles, by kind of instruction, for `TOKENS` tokens of a program."""
     kinds = ("tensor", "fma", "alu", "special", "shared", "shuffle", "global", "local", "barrier")
     yield from table(
         f"shape|query × KV heads × head_dim|kv|group|dtype|all|{'|'.join(kinds)}|rest|skipped",
@@ -140,18 +139,14 @@ def loop_section() -> Iterator[str]:
 
 def _loop_rows(kinds: tuple[str, ...]) -> Iterator[list[str]]:
     for case, result in succeeded("h100"):
-        loop = main_loop(result)
+        loop = tile_loop(result, case.attention().head_dim)
         counts = [loop.kinds.get(kind, 0) for kind in kinds]
         figures = [loop.instructions, *counts, loop.instructions - sum(counts), loop.skipped]
         yield [*case.cells(), *(f"{passes() * figure:.0f}" for figure in figures)]
 
 
-def main_loop(result: CompiledForGPU) -> Loop:
-    return result.kernels[ATTEND].schedule.main_loop
-
-
 def passes() -> float:
-    """Of the main loop for `TOKENS`."""
+    """Of the loop over tiles for `TOKENS`."""
     return TOKENS / gpu_plan.TILE
 
 
@@ -169,9 +164,10 @@ def _cost_rows() -> Iterator[list[str]]:
     gpu = GPUS["h100"]
     bytes_per_cycle = gpu.bandwidth / gpu.cores / CLOCK
     for case, result in succeeded("h100"):
-        loop, attention = main_loop(result), case.attention()
-        # A program has up to ROWS query heads of a KV head.
-        programs = -(-attention.query_heads // attention.kv_heads // gpu_plan.ROWS)
+        attention = case.attention()
+        loop = tile_loop(result, attention.head_dim)
+        shared = attention.query_heads // attention.kv_heads
+        programs = -(-shared // gpu_plan.rows_of_program(shared, attention.head_dim))
         warps = programs * result.kernels[ATTEND].threads // 32
         issue = loop.instructions * warps * passes() / SCHEDULERS
         units = {

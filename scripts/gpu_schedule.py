@@ -80,6 +80,15 @@ class Loop:
     def instructions(self) -> int:
         return sum(self.opcodes.values())
 
+    def around(self, inner: "Loop", passes: int) -> "Loop":
+        """This loop together with so many passes of another that is inside it."""
+
+        def add(own: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
+            return {name: own.get(name, 0) + passes * others.get(name, 0) for name in {**own, **others}}
+
+        opcodes, kinds = add(self.opcodes, inner.opcodes), add(self.kinds, inner.kinds)
+        return Loop(self.depth, opcodes, kinds, self.skipped + passes * inner.skipped)
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:

@@ -11,14 +11,16 @@ from gpu_compiler import CompiledForGPU
 from gpu_programs import ATTEND, MERGE
 from kivi_jax.kv import KVState, kv_bytes
 from kivi_jax.kv.quantized import QuantizedLayer
+from kivi_jax.pallas_kernels.decode_attention.gpu_plan import rows_of_program
 from offline_compiler import Compiled, Program
 from programs import Attention
 from tests.hlo import Module
 
 C = TypeVar("C", bound=Compiled)
 
-# Bytes that a GPU thread's instructions may write to local memory and read back for lack of registers, by head_dim.
-SPILLS = {64: 128, 128: 384}
+# Bytes that a GPU thread's instructions may write to local memory and read back for lack of registers, by the number of
+# query heads of a program.
+SPILLS = {8: 128, 16: 832}
 # Without being asked for more, a block has so much.
 SHARED_MEMORY = 48 * 1024
 
@@ -63,14 +65,19 @@ def check_gpu_kernels(compiled: CompiledForGPU, case: Attention) -> None:
         assert kernel.shared_memory <= SHARED_MEMORY
     spilled = {name: kernel.spill_stores + kernel.spill_loads for name, kernel in compiled.kernels.items()}
     assert spilled[MERGE] == 0
-    assert spilled[ATTEND] <= SPILLS[case.head_dim]
+    assert spilled[ATTEND] <= SPILLS[rows_of_program(case.query_heads // case.kv_heads, case.head_dim)]
     assert arrays_not_read(compiled, case) == set()
+
+
+def check_memory(compiled: Compiled, state: KVState) -> None:
+    """A decode loop updates `state` in place."""
+    assert compiled.alias_bytes >= kv_bytes(state)
+    assert compiled.temporary_bytes <= 0.1 * kv_bytes(state)
 
 
 def check_loop(compiled: Compiled, state: KVState) -> None:
     """A decode loop updates `state` in place, and its kernels read the arrays as they are stored."""
-    assert compiled.alias_bytes >= kv_bytes(state)
-    assert compiled.temporary_bytes <= 0.1 * kv_bytes(state)
+    check_memory(compiled, state)
     module = Module(compiled.hlo)
     read = [module.arguments_read(kernel) for kernel in module.kernels()]
     for i, layer in enumerate(state.layers):

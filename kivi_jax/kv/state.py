@@ -16,7 +16,7 @@ from kivi_jax.kv.quantized import QuantizedLayer
 
 Layer = DenseLayer | QuantizedLayer
 
-FLUSHED_AT_ONCE_ON_GPU = 4096  # tokens of a layer
+FLUSHED_AT_ONCE_ON_GPU = 1024  # tokens of a layer
 
 
 @functools.partial(

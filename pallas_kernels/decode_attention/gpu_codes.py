@@ -15,13 +15,15 @@ from jaxtyping import Float, Int16
 from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import wide
 
 MANTISSA_BITS = {jnp.dtype(jnp.bfloat16): 7, jnp.dtype(jnp.float16): 10}
+USED_BITS = 7  # the highest ones: a float16 scale times a code in lower ones would be too small a number
 
 
 class Field(NamedTuple):
     """Where a code lies in a half of a word, and where it goes.
 
     Attributes:
-        shift: by how many bits the half is moved to the right, the same for as many fields as possible.
+        shift: by how many bits the half is moved to the right (to the left if negative), the same for as many fields as
+            possible.
         position: of the code's lowest bit in the mantissa then.
         unit: an unpacked code is -(1 + code / unit).
     """
@@ -33,10 +35,13 @@ class Field(NamedTuple):
 
 def fields_of(bits: int, dtype: Any) -> list[Field]:
     """Of a half of a word, from its lowest bit on."""
-    mantissa = MANTISSA_BITS[jnp.dtype(dtype)]
-    together = mantissa // bits
+    lowest = MANTISSA_BITS[jnp.dtype(dtype)] - USED_BITS
+    together = USED_BITS // bits
     places = [divmod(i, together) for i in range(16 // bits)]
-    return [Field(before * together * bits, i * bits, 2.0 ** (mantissa - i * bits)) for before, i in places]
+    return [
+        Field(moves * together * bits - lowest, i * bits + lowest, 2.0 ** (USED_BITS - i * bits))
+        for moves, i in places
+    ]
 
 
 def unpack(
@@ -51,15 +56,16 @@ def unpack(
     mask = (2**bits - 1) << field.position
     flipped = minus_one ^ (1 << (field.position + bits - 1))
     if interpret:
-        moved = jax.lax.shift_right_logical(halves, jnp.int16(field.shift))
+        left, right = jnp.int16(max(-field.shift, 0)), jnp.int16(max(field.shift, 0))
+        moved = jax.lax.shift_right_logical(halves << left, right)
         return jax.lax.bitcast_convert_type((moved & jnp.int16(mask)) ^ jnp.int16(flipped), dtype)
     # Two numbers to a register; lop3 0x6A is (a & b) ^ c.
     mask, flipped = (0x10001 * (x & 0xFFFF) for x in (mask, flipped))
+    shift = (
+        f"shr.u32 moved, $1, {field.shift};" if field.shift >= 0 else f"shl.b32 moved, $1, {-field.shift};"
+    )
     return _in_pairs(
-        f"{{ .reg .b32 moved; shr.u32 moved, $1, {field.shift}; "
-        f"lop3.b32 $0, moved, {mask}, {flipped}, 0x6A; }}",
-        dtype,
-        halves,
+        f"{{ .reg .b32 moved; {shift} lop3.b32 $0, moved, {mask}, {flipped}, 0x6A; }}", dtype, halves
     )
 
 

@@ -32,7 +32,7 @@ MERGED_ITEMS = 32  # items merged at a time
 
 def compiler_params(warps: int) -> Any:
     """Of a program of so many warps, which reads a tile ahead."""
-    return plgpu.CompilerParams(num_warps=warps, num_stages=2)
+    return plgpu.CompilerParams(num_warps=warps, num_stages=3)
 
 
 def attend(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> None:

@@ -75,11 +75,10 @@ def group_of(plan: Plan, piece: int) -> int:
 def attend_packed(
     plan: Plan, ref: dict[str, Any], item: Item, first_tile: Array, tiles: Array, interpret: bool
 ) -> Sums:
-    q = [ref["q"][item.row, item.query_heads[None, :], channels[:, None]] for channels in _key_pieces(plan)]
-    units = _units(plan.value_bits, q[0].dtype)
+    units = _units(plan.value_bits, ref["q"].dtype)
 
     def add_tile(i: Array, sums: PackedSums) -> PackedSums:
-        return _add_tile(plan, ref, item, q, i, sums, interpret)
+        return _add_tile(plan, ref, item, i, sums, interpret)
 
     start = PackedSums(
         jnp.full(plan.rows, LOWEST),
@@ -92,10 +91,6 @@ def attend_packed(
 
 def _units(bits: int, dtype: Any) -> list[float]:
     return sorted({field.unit for field in fields_of(bits, dtype)})
-
-
-def _key_pieces(plan: Plan) -> list[Int32[Array, " C"]]:
-    return [start + jnp.arange(KEY_CHANNELS) for start in range(0, plan.head_dim, KEY_CHANNELS)]
 
 
 def _words(plan: Plan, tile: Array) -> Int32[Array, " W"]:
@@ -148,14 +143,13 @@ def _add_tile(
     plan: Plan,
     ref: dict[str, Any],
     item: Item,
-    q: list[Float[Array, "C rows"]],
     tile: Array,
     sums: PackedSums,
     interpret: bool,
 ) -> PackedSums:
-    dtype = q[0].dtype
+    dtype = ref["q"].dtype
     words = _words(plan, tile)
-    more, shared, key_units = _scores(plan, ref, item, q, tile, words, interpret)
+    more, shared, key_units = _scores(plan, ref, item, tile, words, interpret)
     highest = [
         shared
         + unit
@@ -213,7 +207,6 @@ def _scores(
     plan: Plan,
     ref: dict[str, Any],
     item: Item,
-    q: list[Float[Array, "C rows"]],
     tile: Array,
     words: Int32[Array, " W"],
     interpret: bool,
@@ -224,19 +217,25 @@ def _scores(
     A key is `zero + scale · code`. Only the product is rounded, and only where more than one bit of the code is set.
     """
     groups = _groups(plan, tile)
-    dtype = q[0].dtype
+    dtype = ref["q"].dtype
     units = _units_of_word(plan.key_bits, dtype)
-    more = [jnp.zeros((WORDS, plan.rows))] * WORD_TOKENS
-    shared = jnp.zeros((WORDS, plan.rows))
-    for channels, of_channels in zip(_key_pieces(plan), q, strict=True):
+
+    def add_channels(i: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
+        more, shared = carry
+        channels = i * KEY_CHANNELS + jnp.arange(KEY_CHANNELS)
+        q = ref["q"][item.row, item.query_heads[None, :], channels[:, None]]
         place = (item.row, item.head, groups[:, None], channels[None, :])
         zero, scale = (_repeat(ref[name][place], WORDS // groups.size) for name in ("k_zero", "k_scale"))
-        shared += dot(zero, of_channels)
+        shared += dot(zero, q)
         scale = negative(scale, interpret)
         codes = _read_codes(ref["k_codes"], item, words, channels, plan.key_bits, dtype)
-        for j, (halves, field) in enumerate(codes):
-            unpacked = unpack(halves, field, plan.key_bits, dtype, interpret)
-            more[j] += dot(scaled(unpacked, scale, interpret), of_channels)
+        unpacked = (unpack(halves, field, plan.key_bits, dtype, interpret) for halves, field in codes)
+        more = [x + dot(scaled(y, scale, interpret), q) for x, y in zip(more, unpacked, strict=True)]
+        return more, shared
+
+    nothing = jnp.zeros((WORDS, plan.rows))
+    passes = plan.head_dim // KEY_CHANNELS
+    more, shared = jax.lax.fori_loop(0, passes, add_channels, ([nothing] * WORD_TOKENS, nothing))
     first_tokens = _first_tokens(plan, item, tile)
     if item.slopes is not None:
         more = [

@@ -8,19 +8,16 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
-from kivi_jax.pallas_kernels.devices import nvidia_capability
-
 WORDS = 16  # of a tile: rows of a matrix product of keys, and what one of values sums over
 WORD_TOKENS = 16  # a word here is that of 16 tokens, whatever the bits
 TILE = WORDS * WORD_TOKENS
 # A program is a warp that takes up to 255 registers, of which a multiprocessor has 65536 (Ampere to Blackwell).
 WARPS_PER_MULTIPROCESSOR = 8
 MULTIPROCESSORS = 132  # of an H100, where a program is compiled without a GPU
-# Of a multiprocessor, by compute capability; others are taken for an H100.
-SHARED_MEMORY = {8.0: 164 * 1024, 8.6: 100 * 1024, 8.9: 100 * 1024, 9.0: 228 * 1024, 12.0: 100 * 1024}
-SHARED_MEMORY_BESIDE_TILE = 3 * 1024  # of a program: for layouts that change, and what the driver keeps
 ITEM_TILES = 0.75  # what an item costs beside its tiles, to begin, to write and to merge
-MOST_ROUNDS = 4  # of programs that run at once
+# Programs in a round, by how many run at once: not all are as quick, and others then take the places of those that are.
+AHEAD = 2
+MOST_ROUNDS = 2
 CANDIDATES = 64  # sizes of items that are compared
 
 
@@ -47,19 +44,17 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Query heads of a program, the columns of its matrix products; fewer are padded. More take more registers."""
-        return 16 if self.shared > 8 and self.head_dim == 64 else 8
-
-    @property
-    def tile_bytes(self) -> int:
-        """Of a tile as it is stored, codes, scales and zeros of 16 bits."""
-        codes = TILE * self.head_dim * (self.key_bits + self.value_bits) // 8
-        groups = TILE * self.head_dim // self.group_size
-        return codes + 2 * groups * 4
+        """Query heads of a program; fewer are padded."""
+        return rows_of_program(self.shared, self.head_dim)
 
     @property
     def row_blocks(self) -> int:
         return -(-self.shared // self.rows)
+
+
+def rows_of_program(shared: int, head_dim: int) -> int:
+    """Columns of its matrix products, for `shared` query heads of a KV head: as many as registers allow."""
+    return 16 if shared > 8 and head_dim == 64 else 8
 
 
 def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -69,7 +64,7 @@ def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], 
     batch = lengths.shape[0]
     most_tiles = -(-plan.capacity // TILE)
     per_item = plan.kv_heads * plan.row_blocks
-    at_once = _programs_at_once(plan)
+    at_once = AHEAD * WARPS_PER_MULTIPROCESSOR * _multiprocessors()
     most_packed = max(MOST_ROUNDS * at_once // per_item, batch)
     tiles = -(-jnp.clip(lengths - plan.residual, 0, plan.capacity) // TILE)
     # Items are about equally long, and so programs that begin together end together.
@@ -95,10 +90,6 @@ def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], 
     return work, of_rows
 
 
-def _programs_at_once(plan: Plan) -> int:
-    """On the whole GPU, each of which holds the next tile in shared memory."""
+def _multiprocessors() -> int:
     device = jax.devices()[0]
-    multiprocessors = device.core_count if device.platform == "gpu" else MULTIPROCESSORS
-    shared = SHARED_MEMORY.get(nvidia_capability() or 0, SHARED_MEMORY[9.0])
-    fitting = shared // (plan.tile_bytes + SHARED_MEMORY_BESIDE_TILE)
-    return 2 * multiprocessors * max(min(WARPS_PER_MULTIPROCESSOR, fitting), 1)
+    return device.core_count if device.platform == "gpu" else MULTIPROCESSORS

@@ -23,6 +23,11 @@ from tests.numpy_kivi import softmax_attention
 TINY = Case((4, 2, 64), 2, 300)
 
 
+def sizes(plan):
+    """Rows and tokens of attention, of all stages."""
+    return [size for stage in plan.stages for _, listed in stage.attention for size in listed]
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The results of `--smoke`, and the command to run it again."""

@@ -117,7 +117,6 @@ def test_kernels_as_they_are_launched(dump):
             spill_stores=784,
             spill_loads=736,
             shared_memory=1024 + 16,
-            ptx=PTX.format("attend__1"),
             schedule=read_schedule(SASS),
         )
     }
@@ -137,8 +136,10 @@ def test_programs_of_a_multiprocessor(dump):
 
 def test_cost_of_256_tokens_of_a_head(monkeypatch):
     case = gpu_report.Case("Falcon 7B")
-    loop = Loop(1, {"LOP3": 3000, "HMMA": 1000}, {"alu": 3000, "tensor": 1000}, skipped=0)
-    kernel = gpu_compiler.Kernel((5, 20, 1), 32, 255, 0, 0, 0, 8192, "", Schedule((loop, loop)))
+    outside = Loop(0, {"MOV": 9}, {"alu": 9}, skipped=0)
+    tiles = Loop(1, {"LOP3": 1000, "HMMA": 1000}, {"alu": 1000, "tensor": 1000}, skipped=0)
+    channels = Loop(2, {"LOP3": 1000}, {"alu": 1000}, skipped=0)  # two passes of 32
+    kernel = gpu_compiler.Kernel((5, 20, 1), 32, 255, 0, 0, 0, 8192, Schedule((outside, tiles, channels)))
     result = gpu_compiler.CompiledForGPU(
         0, 0, 0, 0, "", kernels={gpu_report.ATTEND: kernel}, others=frozenset()
     )

@@ -14,7 +14,7 @@ import pytest
 from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
-from kivi_jax.pallas_kernels.decode_attention import gpu, gpu_plan
+from kivi_jax.pallas_kernels.decode_attention import gpu, gpu_codes, gpu_plan
 from tests import decode_oracle
 from tests.decode_oracle import check_some_kv_heads, edges
 
@@ -61,6 +61,23 @@ def test_configs(config, head_dim):
 )
 def test_float16(config, head_dim):
     check(config, 4, 2, head_dim, [0, 128, 700], capacity=768, dtype=jnp.float16)
+
+
+@pytest.mark.parametrize("dtype", gpu.DTYPES)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_scaled_codes(bits, dtype):
+    """Every field of all halves of words, by scales as small and as large as models have."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.int16)
+    for i, field in enumerate(gpu_codes.fields_of(bits, dtype)):
+        # Fields hold code - 2^(bits - 1) in two's complement.
+        codes = ((halves.view(np.uint16) >> (bits * i)) + 2 ** (bits - 1)) % 2**bits
+        unpacked = gpu_codes.unpack(jnp.asarray(halves), field, bits, dtype, interpret=True)
+        np.testing.assert_array_equal(np.asarray(unpacked, np.float64), -(1 + codes / field.unit))
+        for scale in (1e-3, 0.02, 1.0, 1000.0):
+            scale = jnp.full(halves.shape, scale, dtype)
+            values = gpu_codes.scaled(unpacked, gpu_codes.negative(scale, True), interpret=True)
+            exact = np.asarray(scale, np.float64) * codes
+            np.testing.assert_allclose(np.asarray(values, np.float64) * field.unit, exact, rtol=2**-8)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(20, 0), (128, 5), (300, 0), (5000, 40)])
