@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 import kivi_jax
 from kivi_jax.decoding import Decoding
+from kivi_jax.kv import KVConfig
 from kivi_jax.models.falcon import FalconConfig
 from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import Config
@@ -99,7 +100,7 @@ def abstract_params(
 
 
 def abstract_decoding(
-    params: kivi_jax.Params, batch: int, capacity: int, kv: str, tokens: int = 128
+    params: kivi_jax.Params, batch: int, capacity: int, kv: str | KVConfig, tokens: int = 128
 ) -> Decoding:
     """The decode loop's carry, on the mesh of `params` if there is one."""
     decoding = Decoding(

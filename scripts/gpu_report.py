@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gpu_wheels
+from abstract_models import MODELS
 from gpu_compiler import GPUS, CompiledForGPU, Kernel, compile_programs
 from gpu_programs import ATTEND, MERGE, tile_loop
 from kivi_jax.pallas_kernels.decode_attention import gpu_plan
@@ -189,6 +190,47 @@ def _cost_rows() -> Iterator[list[str]]:
         ]
 
 
+def memory_section() -> Iterator[str]:
+    """What whole programs need, weights and state included, at the batch that bf16 fits an H100 at most."""
+    load = {
+        "model_type": "llama",
+        "config": dataclasses.asdict(MODELS["llama-2-7b"]),
+        "batch": 232,
+        "capacity": 161 + 338,
+    }
+    kvs: dict[str, str | dict[str, int]] = {
+        "bf16": "bf16",
+        "kivi2, R = 32": {"key_bits": 2, "value_bits": 2, "residual_length": 32},
+    }
+    cases = {name: load | {"kv": kv} for name, kv in kvs.items()}
+    prefills = {name: case | {"prompt": 192} for name, case in cases.items()}  # 161 tokens, padded
+    loops = compile_programs("h100", "programs:decode_loops", cases=cases)
+    firsts = compile_programs("h100", "programs:prefills", cases=prefills)
+    needed = {
+        name: [needed_bytes(program) / 2**30 for program in (firsts[name], loops[name])] for name in cases
+    }
+    yield from table(
+        "kv|prefill|decode loop|bf16's is ×",
+        (
+            [name, *(f"{x:.2f}" for x in both), f"{max(needed['bf16']) / max(both):.2f}"]
+            for name, both in needed.items()
+        ),
+    )
+    yield ""
+
+
+def needed_bytes(program: CompiledForGPU | str) -> int:
+    """Of the device while a program runs.
+
+    Raises:
+        RuntimeError: it did not compile.
+    """
+    if isinstance(program, str):
+        raise RuntimeError(program)
+    kept = program.argument_bytes + program.output_bytes - program.alias_bytes
+    return kept + program.temporary_bytes
+
+
 def versions_section() -> Iterator[str]:
     names = ", ".join(f"{name} {version}" for name, version in gpu_wheels.required().items())
     yield f"Tables written by {names}."
@@ -199,6 +241,7 @@ SECTIONS = {
     "resources": resources_section,
     "loop": loop_section,
     "cost": cost_section,
+    "memory": memory_section,
 }
 
 

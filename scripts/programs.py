@@ -74,11 +74,11 @@ def decode_loops(devices: Sequence[Any], cases: dict[str, dict[str, Any]]) -> It
 
 
 def decode_loop(
-    name: str, model_type: str, config: dict[str, Any], kv: str, batch: int, capacity: int
+    name: str, model_type: str, config: dict[str, Any], kv: str | dict[str, int], batch: int, capacity: int
 ) -> Program:
     """The whole decode loop, in bfloat16, of a model whose configuration has the fields `config`."""
     params = abstract_params(model_type, read_config(model_type, config))
-    decoding = abstract_decoding(params, batch, capacity, kv)
+    decoding = abstract_decoding(params, batch, capacity, read_kv(kv))
     return Program(name, continue_decoding, loop_arguments(params, decoding))
 
 
@@ -89,7 +89,13 @@ def prefills(devices: Sequence[Any], cases: dict[str, dict[str, Any]]) -> Iterat
 
 
 def prefill(
-    name: str, model_type: str, config: dict[str, Any], kv: str, batch: int, capacity: int, prompt: int
+    name: str,
+    model_type: str,
+    config: dict[str, Any],
+    kv: str | dict[str, int],
+    batch: int,
+    capacity: int,
+    prompt: int,
 ) -> Program:
     """What comes before the loop: a state is made, and prompts of `prompt` tokens are stored in it."""
 
@@ -105,7 +111,7 @@ def prefill(
             Greedy(),
             active=lengths > 0,
             capacity=capacity,
-            kv=resolve_kv(kv, params.config.head_dim, params.config.num_layers),
+            kv=resolve_kv(read_kv(kv), params.config.head_dim, params.config.num_layers),
             max_new_tokens=128,
         )
 
@@ -126,3 +132,8 @@ def read_config(model_type: str, fields: dict[str, Any]) -> Config:
     """From fields that may have been through JSON."""
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return FAMILIES[model_type].config(**fields)
+
+
+def read_kv(kv: str | dict[str, int]) -> str | KVConfig:
+    """A name, or the fields of a `KVConfig`."""
+    return kv if isinstance(kv, str) else KVConfig(**kv)
