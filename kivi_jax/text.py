@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import operator
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
@@ -37,13 +38,23 @@ class Completion:
     logprobs: list[float] | None = None
 
 
-@functools.lru_cache(maxsize=8)
+# Held while a tokenizer is loaded: transformers' own lazy imports fail where several threads start them, and a
+# tokenizer that many ask for at once should be loaded once.
+_LOADING = threading.Lock()
+
+
 def load_tokenizer(folder: str) -> Any:
-    """The Hugging Face tokenizer in `folder`; no code from the folder is run.
+    """The Hugging Face tokenizer in `folder`; no code from the folder is run. Any thread may ask for it.
 
     Raises:
         ValueError: its files are damaged or of an unknown kind.
     """
+    with _LOADING:
+        return _load_tokenizer(folder)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_tokenizer(folder: str) -> Any:
     # transformers warns that it has no PyTorch, which nobody here wants it to have.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # seconds to import, and token-id prompts don't need it

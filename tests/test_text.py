@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jaxtyping
 import pytest
@@ -229,3 +232,33 @@ def test_damaged_tokenizer_is_one_clear_error(tmp_path, files, reason):
     ) as error:
         kivi_jax.generate(params, "text")
     assert "trust_remote_code" not in str(error.value)
+
+
+# Eight threads ask for the same model at once, in a process that has not imported transformers yet.
+AT_ONCE = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import kivi_jax
+from kivi_jax.text import load_tokenizer
+
+assert "transformers" not in sys.modules
+params = kivi_jax.load(sys.argv[1], "float32")
+start = threading.Barrier(8)
+
+def answer(_):
+    start.wait()
+    tokenizer = load_tokenizer(params.tokenizer)
+    return id(tokenizer), kivi_jax.generate(params, "w1", "bf16", max_new_tokens=2).text
+
+with ThreadPoolExecutor(8) as pool:
+    ((_, text),) = set(pool.map(answer, range(8)))  # one tokenizer and one answer
+print(text)
+"""
+
+
+def test_first_calls_may_come_from_several_threads(lettered):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", AT_ONCE, str(lettered.tokenizer)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == kivi_jax.generate(lettered, "w1", "bf16", max_new_tokens=2).text
