@@ -22,7 +22,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 # Some repositories have the same weights once more, as consolidated.safetensors.
 HUB_FILES = (*SIDE_FILES, "model*.safetensors")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# Each of these is a whole tokenizer.
+TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
 def load(
@@ -68,9 +69,7 @@ def load(
         model_type=model_type,
         config=config,
         end_tokens=end_tokens,
-        tokenizer=str(folder.resolve())
-        if any((folder / file).exists() for file in TOKENIZER_FILES)
-        else None,
+        tokenizer=str(folder.resolve()) if _has_tokenizer(folder) else None,
         sampling_defaults=sampling,
         mesh=mesh,
     )
@@ -99,6 +98,10 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(
             f"no folder {name!r}, and no such model from the Hugging Face Hub: {error}"
         ) from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(all((folder / name).exists() for name in names) for names in TOKENIZER_FILES)
 
 
 def _read_config(folder: Path, fields: Mapping[str, Any]) -> tuple[str, Any]:

@@ -3,10 +3,12 @@
 import bisect
 import dataclasses
 import functools
+import importlib.util
 import operator
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from kivi_jax.models.registry import Params
@@ -47,7 +49,7 @@ def load_tokenizer(folder: str) -> Any:
     """The Hugging Face tokenizer in `folder`; no code from the folder is run. Any thread may ask for it.
 
     Raises:
-        ValueError: its files are damaged or of an unknown kind.
+        ValueError: its files are damaged, of an unknown kind, or need a package that is not installed.
     """
     with _LOADING:
         return _load_tokenizer(folder)
@@ -62,12 +64,28 @@ def _load_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the tokenizer's files make its parsers raise
+        if _lacks_sentencepiece(Path(folder)):
+            # transformers would have them install tiktoken, which can't read this file.
+            raise ValueError(
+                f"the tokenizer can't be loaded: {Path(folder, 'tokenizer.model')} is read by the package "
+                "sentencepiece, which is not installed; pip install sentencepiece"
+            ) from error
         # transformers would have them set trust_remote_code.
         needs_code = "trust_remote_code" in str(error)
         reason = "it needs code of its own, and code from checkpoints is never run" if needs_code else error
         raise ValueError(
             f"the tokenizer can't be loaded: its files in {folder} are damaged or of an unknown kind: {reason}"
         ) from error
+
+
+def _lacks_sentencepiece(folder: Path) -> bool:
+    """Whether the tokenizer is a SentencePiece model only, and what reads those isn't there."""
+    model = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists() or not model.exists():
+        return False
+    with model.open("rb") as file:
+        # As the first of its pieces begins; other files of this name are texts.
+        return file.read(1) == b"\n" and importlib.util.find_spec("sentencepiece") is None
 
 
 def is_conversation(prompt: Any) -> TypeGuard[Conversation]:

@@ -234,6 +234,33 @@ def test_damaged_tokenizer_is_one_clear_error(tmp_path, files, reason):
     assert "trust_remote_code" not in str(error.value)
 
 
+def test_tokenizers_of_vocabulary_and_merges(tmp_path):
+    folder = write_checkpoint(tmp_path, vocab_size=300)
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "<|end|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: token for token, word in enumerate(vocabulary)}))
+    assert kivi_jax.load(folder).tokenizer is None  # which is half of one
+    (folder / "merges.txt").write_text("#version: 0.2\nh e\nl l\n")
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|end|>"}'
+    )
+    kivi_jax.convert(folder, tmp_path / "converted")
+    for name in (folder, tmp_path / "converted"):
+        params = kivi_jax.load(name)
+        assert encode(params, ["hello"]) == [[256, 257, vocabulary.index("o")]]
+        assert load_tokenizer(params.tokenizer).decode([256, 257]) == "hell"
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    folder = write_checkpoint(tmp_path)
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    params = kivi_jax.load(folder)
+    with pytest.raises(
+        ValueError, match=r"tokenizer.model is read by the package sentencepiece, .*pip install"
+    ):
+        kivi_jax.generate(params, "text")
+
+
 # Eight threads ask for the same model at once, in a process that has not imported transformers yet.
 AT_ONCE = """
 import sys, threading
