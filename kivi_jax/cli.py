@@ -72,6 +72,10 @@ def generate(
         int | None,
         typer.Option(min=1, help="Most prompt tokens to run at a time, for long prompts in little memory."),
     ] = None,
+    max_positions: Annotated[
+        int | None,
+        typer.Option(help="Longest text of a model tuned for another length than its config.json says."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
 ) -> None:
@@ -92,7 +96,7 @@ def generate(
         # Found wrong before the weights are read.
         find_kv(kv)
         make_sampler(**{"temperature": 0.0} | given)
-        params = kivi_jax.load(model, dtype=dtype, revision=revision)
+        params = kivi_jax.load(model, dtype=dtype, revision=revision, max_positions=max_positions)
         steps: Iterator[Any] = kivi_jax.stream(
             params,
             [conversation(text, system) for text in prompt] if chat else prompt,

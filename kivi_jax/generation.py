@@ -151,7 +151,8 @@ def stream(
     if longest + max_new_tokens > params.config.max_positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's "
-            f"{params.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
+            f"{params.config.max_positions} positions; shorten the prompt or lower max_new_tokens, or, "
+            f"if the model was tuned for longer texts, load it with max_positions"
         )
     if not ids:
         return iter([[]])
