@@ -41,6 +41,9 @@ def generate(
     system: Annotated[
         str | None, typer.Option(help="System message before each prompt, with --chat.")
     ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Name of the model's chat template, with --chat, if it has several.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")] = 128,
     temperature: Annotated[
         float | None, typer.Option(help="0, the default, takes the most likely token, more samples.")
@@ -82,6 +85,8 @@ def generate(
     """Completes prompts. One prompt streams its text as it comes; of several, each is printed when all are done."""
     if system is not None and not chat:
         fail("--system needs --chat")
+    if chat_template is not None and not chat:
+        fail("--chat-template needs --chat")
     if logprobs and not as_json:
         fail("--logprobs needs --json")
     given: dict[str, Any] = {
@@ -105,6 +110,7 @@ def generate(
             seed=seed,
             n=samples,
             stop=stop,
+            chat_template=chat_template,
             logprobs=logprobs,
             prefill_chunk=prefill_chunk,
             **(params.sampling if model_sampling else {}) | given,

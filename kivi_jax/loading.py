@@ -21,8 +21,8 @@ from kivi_jax.weights import nested, read_weights
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
 DTYPES = ("bfloat16", "float16", "float32")
-# Configuration, tokenizer and chat template.
-SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
+# Configuration, tokenizer and chat templates.
+SIDE_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "tokenizer.model")
 # Some repositories have the same weights once more, as consolidated.safetensors.
 HUB_FILES = (*SIDE_FILES, "model*.safetensors")
 # Each of these is a whole tokenizer.

@@ -201,6 +201,10 @@ def test_hub_downloads_what_is_needed_and_nothing_else():
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
     ]
     unwanted = [
         "consolidated.safetensors",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -196,6 +197,54 @@ def test_conversations_need_a_chat_template(tiny, lettered):
         kivi_jax.generate(tiny, MESSAGES)
     with pytest.raises(ValueError, match="no chat template, so it can't take messages"):
         kivi_jax.generate(lettered, MESSAGES)
+
+
+def write_templates(folder, form, templates):
+    """Named chat templates in one of the two forms that transformers reads."""
+    if form == "list":
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items()
+        ]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return
+    (folder / "additional_chat_templates").mkdir()
+    for name, template in templates.items():
+        place = "chat_template" if name == "default" else f"additional_chat_templates/{name}"
+        (folder / f"{place}.jinja").write_text(template)
+
+
+@pytest.mark.parametrize("form", ["list", "files"])
+@pytest.mark.parametrize("has_default", [False, True])
+def test_chat_templates_are_taken_by_name(lettered, tmp_path, form, has_default):
+    folder = tmp_path / "model"
+    shutil.copytree(lettered.tokenizer, folder)
+    templates = {"rag": "w11", "tool_use": "w12"} | ({"default": "w13"} if has_default else {})
+    write_templates(folder, form, templates)
+    kivi_jax.convert(folder, tmp_path / "converted", "float32")
+    for name in (folder, tmp_path / "converted"):
+        params = kivi_jax.load(name, "float32")
+        for template, text in templates.items():
+            assert encode(params, [MESSAGES, "w1"], template) == [[int(text[1:])], [1]]
+        with pytest.raises(ValueError, match=r"chat_template must be one of .*'rag', 'tool_use', got 'nope'"):
+            encode(params, [MESSAGES], "nope")
+        if has_default:
+            assert encode(params, [MESSAGES]) == [[13]]
+        else:
+            with pytest.raises(ValueError, match=r"no default chat template; choose .*: 'rag', 'tool_use'"):
+                encode(params, [MESSAGES])
+    expected = kivi_jax.generate(params, [[11]], max_new_tokens=3)[0].tokens
+    assert kivi_jax.generate(params, MESSAGES, max_new_tokens=3, chat_template="rag").tokens == expected
+
+
+def test_an_only_chat_template_is_the_default(chatty, monkeypatch):
+    assert encode(chatty, [MESSAGES], "default") == [MESSAGE_IDS]
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    for name in ("rag", "", 7, ["default"]):
+        with pytest.raises(
+            ValueError, match="chat_template must be one of this checkpoint's, 'default', got"
+        ):
+            kivi_jax.generate(chatty, MESSAGES, chat_template=name)
 
 
 def test_empty_text_is_refused(lettered):
