@@ -41,6 +41,9 @@ def generate(
     system: Annotated[
         str | None, typer.Option(help="System message before each prompt, with --chat.")
     ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Name of the model's chat template, with --chat, if it has several.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")] = 128,
     temperature: Annotated[
         float | None, typer.Option(help="0, the default, takes the most likely token, more samples.")
@@ -72,12 +75,18 @@ def generate(
         int | None,
         typer.Option(min=1, help="Most prompt tokens to run at a time, for long prompts in little memory."),
     ] = None,
+    max_positions: Annotated[
+        int | None,
+        typer.Option(help="Longest text of a model tuned for another length than its config.json says."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
 ) -> None:
     """Completes prompts. One prompt streams its text as it comes; of several, each is printed when all are done."""
     if system is not None and not chat:
         fail("--system needs --chat")
+    if chat_template is not None and not chat:
+        fail("--chat-template needs --chat")
     if logprobs and not as_json:
         fail("--logprobs needs --json")
     given: dict[str, Any] = {
@@ -92,7 +101,7 @@ def generate(
         # Found wrong before the weights are read.
         find_kv(kv)
         make_sampler(**{"temperature": 0.0} | given)
-        params = kivi_jax.load(model, dtype=dtype, revision=revision)
+        params = kivi_jax.load(model, dtype=dtype, revision=revision, max_positions=max_positions)
         steps: Iterator[Any] = kivi_jax.stream(
             params,
             [conversation(text, system) for text in prompt] if chat else prompt,
@@ -101,6 +110,7 @@ def generate(
             seed=seed,
             n=samples,
             stop=stop,
+            chat_template=chat_template,
             logprobs=logprobs,
             prefill_chunk=prefill_chunk,
             **(params.sampling if model_sampling else {}) | given,

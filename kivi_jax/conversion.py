@@ -16,7 +16,7 @@ def convert(
     name: str | Path, out: str | Path, dtype: str = "bfloat16", *, revision: str | None = None
 ) -> None:
     """Writes the model `name` to the new folder `out`: weights as an Orbax checkpoint, and configuration, tokenizer
-    and chat template as they were. `load(out)` then reads it, with any `mesh`.
+    and chat templates as they were. `load(out)` then reads it, with any `mesh`.
 
     The folder gets its name once all of it is there, so an interrupted conversion leaves no `out`; after a kill there
     may be a hidden folder beside it, which `load` refuses.
@@ -42,11 +42,14 @@ def convert(
         folder = Path(parent, out.name)
         folder.mkdir()
         save_weights(folder, weights)
-        files = {file.name: file for pattern in SIDE_FILES for file in source.glob(pattern)}
+        files = {
+            str(file.relative_to(source)): file for pattern in SIDE_FILES for file in source.glob(pattern)
+        }
         for name in (INDEX_FILE, SHAPES_FILE):  # of the weights as they were
             files.pop(name, None)
         # config.json, without which no folder is a model, comes last.
         for name in sorted(files, key="config.json".__eq__):
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(files[name], folder / name)
         folder.rename(out)
 

@@ -17,6 +17,7 @@ from kivi_jax.kv.state import KVState, Layer, advance, empty_state
 from kivi_jax.models.layers import Attend
 from kivi_jax.models.registry import Params
 from kivi_jax.partition import Heads, Partition, empty_state_on_mesh
+from kivi_jax.promotion import with_usual_promotion
 from kivi_jax.sampling import Sampler
 
 # Prompt tokens that `prefill` runs at a time, in whole rows: enough to keep any accelerator's multipliers busy for the
@@ -49,6 +50,7 @@ def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "
 
 
 @jax.jit
+@with_usual_promotion
 def prefill(
     params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], state: KVState
 ) -> tuple[Float[Array, "B vocab"], KVState]:
@@ -116,6 +118,7 @@ def prefill(
 
 
 @jax.jit
+@with_usual_promotion
 def extend(
     params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], state: KVState
 ) -> tuple[Float[Array, "B vocab"], KVState]:
@@ -186,6 +189,7 @@ def _run_chunk(
 
 
 @jax.jit
+@with_usual_promotion
 def decode_step(
     params: Params,
     tokens: Int[Array, " B"],
@@ -281,6 +285,7 @@ class Decoding:
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "kv", "max_new_tokens", "logprobs", "prefill_chunk"))
+@with_usual_promotion
 def start_decoding(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -350,6 +355,7 @@ def _prefill_in_chunks(
 
 
 @functools.partial(jax.jit, donate_argnames="decoding")
+@with_usual_promotion
 def continue_decoding(
     params: Params,
     decoding: Decoding,

@@ -46,6 +46,7 @@ def generate(
     seed: int = 0,
     n: int | None = None,
     stop: str | Sequence[str] | None = None,
+    chat_template: str | None = None,
     logprobs: bool = False,
     prefill_chunk: int | None = None,
 ) -> Completion | list[Completion] | list[list[Completion]]:
@@ -72,6 +73,8 @@ def generate(
         seed: of the samples, a whole number of 64 bits.
         n: samples of every prompt, which is prefilled once; the first is what None, a single one, gives.
         stop: strings that end a completion, which then ends before them; a special token's too, like "<|eot_id|>".
+        chat_template: name of the chat template for conversations, where the checkpoint has several; None takes its
+            default.
         logprobs: also give the log-probability of every token, see `Completion`.
         prefill_chunk: most prompt tokens to run at a time, which bounds the memory of activations; a later chunk
             attends the earlier ones as they are stored. None runs prompts whole and attends them exactly.
@@ -82,8 +85,8 @@ def generate(
 
     Raises:
         ValueError: an unknown `kv`, a setting of the wrong type or out of range, an empty prompt, a token outside the
-            vocabulary, texts or stop strings without a tokenizer, a conversation without a chat template or refused by
-            it, several greedy samples, or more tokens than the model has positions.
+            vocabulary, texts or stop strings without a tokenizer, a conversation without a chat template, with one that
+            the checkpoint lacks, or refused by it, several greedy samples, or more tokens than the model has positions.
     """
     *_, results = stream(
         params,
@@ -98,6 +101,7 @@ def generate(
         seed=seed,
         n=n,
         stop=stop,
+        chat_template=chat_template,
         logprobs=logprobs,
         prefill_chunk=prefill_chunk,
         chunk=STREAM_TOKENS if stop else None,
@@ -119,6 +123,7 @@ def stream(
     seed: int = 0,
     n: int | None = None,
     stop: str | Sequence[str] | None = None,
+    chat_template: str | None = None,
     logprobs: bool = False,
     prefill_chunk: int | None = None,
     chunk: int | None = STREAM_TOKENS,
@@ -146,12 +151,13 @@ def stream(
     config = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
     stops, end_tokens = read_stops(params, stop)
     listed = _list_prompts(prompts)
-    ids = encode(params, listed)
+    ids = encode(params, listed, chat_template)
     longest = max(map(len, ids), default=0)
     if longest + max_new_tokens > params.config.max_positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's "
-            f"{params.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
+            f"{params.config.max_positions} positions; shorten the prompt or lower max_new_tokens, or, "
+            f"if the model was tuned for longer texts, load it with max_positions"
         )
     if not ids:
         return iter([[]])

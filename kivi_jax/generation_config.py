@@ -1,12 +1,11 @@
 """What generation_config.json says about ending and sampling."""
 
 import math
+import reprlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from kivi_jax.checkpoint import CheckpointError
 
 FILE = "generation_config.json"
 # Setting: the least and the greatest value, and the one that changes nothing and is left out. Both ends are allowed.
@@ -35,17 +34,25 @@ def read_end_tokens(
 ) -> tuple[int, ...]:
     """End-of-sequence ids; generation_config.json knows more of them than config.json.
 
-    Raises:
-        CheckpointError: they are no ids.
+    What is no id, such as the -1 that some write for none, is left out with a warning.
     """
-    ids = generation.get("eos_token_id")
-    ids = config.get("eos_token_id") if ids is None else ids
-    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(
-        isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in listed
-    ):
-        raise CheckpointError(f"{folder}: eos_token_id must be a token id or a list of them, got {ids!r}")
-    return tuple(listed)
+    for file, fields in ((FILE, generation), ("config.json", config)):
+        ids = fields.get("eos_token_id")
+        listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        tokens = tuple(token for token in listed if _is_token(token))
+        if len(tokens) < len(listed):
+            warnings.warn(
+                f"{folder / file}: eos_token_id must be a token id or a list of them, got {reprlib.repr(ids)}; "
+                "what is no id ends no completion",
+                stacklevel=3,
+            )
+        if tokens or ids == []:
+            return tokens
+    return ()
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def read_sampling(folder: Path, fields: Mapping[str, Any]) -> tuple[tuple[str, int | float], ...]:
@@ -53,26 +60,31 @@ def read_sampling(folder: Path, fields: Mapping[str, Any]) -> tuple[tuple[str, i
 
     A repetition penalty always counts, as in Hugging Face's generation; the settings that shape a distribution count
     when `do_sample` is true, with a temperature of 1 where none is given, and without top_k where none is. A warning
-    names settings that `generate` doesn't have.
-
-    Raises:
-        CheckpointError: a setting is no number, or out of range.
+    names settings that `generate` doesn't have, and values that it would refuse: they are recommendations, which are no
+    reason not to load a model, and are left out.
     """
     sampled = fields.get("do_sample")
-    if sampled not in (None, True, False):
-        raise CheckpointError(f"{folder / FILE}: do_sample must be true or false, got {sampled!r}")
-    if others := [name for name, neutral in _OTHERS.items() if fields.get(name) not in neutral]:
-        warnings.warn(
-            f"{folder / FILE}: generate has no {', '.join(others)}; params.sampling is without", stacklevel=3
-        )
-    settings: dict[str, int | float] = {"temperature": 1.0} if sampled else {}
+    left_out = [name for name, neutral in _OTHERS.items() if fields.get(name) not in neutral]
+    if left_out:
+        _warn_of(folder, f"generate has no {', '.join(left_out)}")
+    odd = {} if sampled in (None, True, False) else {"do_sample": sampled}
+    settings: dict[str, int | float] = {"temperature": 1.0} if sampled is True else {}
     for name, (least, greatest, neutral) in _RANGES.items():
         value = fields.get(name)
-        if value is None or not (sampled or name == "repetition_penalty"):
+        if value is None or not (sampled is True or name == "repetition_penalty"):
             continue
         kind = int if name == "top_k" else int | float
         if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= greatest:
-            raise CheckpointError(f"{folder / FILE}: {name} is out of range: {value!r}")
-        if value != neutral:
+            odd[name] = value
+        elif value != neutral:
             settings[name] = value
+    if odd:
+        _warn_of(
+            folder,
+            f"out of range: {', '.join(f'{name} {reprlib.repr(value)}' for name, value in odd.items())}",
+        )
     return tuple(settings.items())
+
+
+def _warn_of(folder: Path, what: str) -> None:
+    warnings.warn(f"{folder / FILE}: {what}; params.sampling is without", stacklevel=4)

@@ -1,5 +1,6 @@
 """Models in: a folder or a Hub repository becomes `Params`."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,9 @@ from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
 
 from kivi_jax import generation_config
+from kivi_jax.arguments import read_size
 from kivi_jax.checkpoint import CheckpointError, read_json
+from kivi_jax.models.fields import GREATEST_SIZE
 from kivi_jax.models.registry import FAMILIES, Params
 from kivi_jax.models.sharding import tensor_parallel_mesh
 from kivi_jax.notices import warn_of_large_key_biases
@@ -18,15 +21,21 @@ from kivi_jax.weights import nested, read_weights
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
 DTYPES = ("bfloat16", "float16", "float32")
-# Configuration, tokenizer and chat template.
-SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
+# Configuration, tokenizer and chat templates.
+SIDE_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "tokenizer.model")
 # Some repositories have the same weights once more, as consolidated.safetensors.
 HUB_FILES = (*SIDE_FILES, "model*.safetensors")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# Each of these is a whole tokenizer.
+TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
 def load(
-    name: str | Path, dtype: str = "bfloat16", *, revision: str | None = None, mesh: Mesh | None = None
+    name: str | Path,
+    dtype: str = "bfloat16",
+    *,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    max_positions: int | None = None,
 ) -> Params:
     """Loads a model from a folder, from the Hugging Face Hub, or the small one that comes with the package.
 
@@ -41,22 +50,31 @@ def load(
         revision: branch, tag or commit of a Hub repository; its main branch by default.
         mesh: devices with an axis named "model" to split the weights and the KV heads over (`models/sharding.py`), and
             maybe one named "data" to split batches over; other axes hold copies. By default all is on one device.
+        max_positions: the longest text, prompt and completion together, of a model that was tuned for another length
+            than its config.json says, as those of linear rope often were. It changes the limit alone, not what is
+            computed within it.
 
     Raises:
         FileNotFoundError: no such folder or repository.
         CheckpointError: what the checkpoint lacks, has too much of, or has in the wrong shape or dtype, all of it at
             once; damaged files, weights that are NaN, infinite or beyond the range of `dtype`; or an unsupported
             architecture.
-        ValueError: an unknown `dtype`, a `revision` of something that isn't on the Hub, or a `mesh` without an axis
-            "model".
+        ValueError: an unknown `dtype`, a `revision` of something that isn't on the Hub, a `mesh` without an axis
+            "model", or `max_positions` that is no whole number from 1 to 2^31 - 1.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if mesh is not None:
         mesh = tensor_parallel_mesh(mesh)
+    if max_positions is not None:
+        max_positions = read_size("max_positions", max_positions, ", or None for config.json's")
+        if max_positions > GREATEST_SIZE:
+            raise ValueError(f"max_positions must be below 2^31, got {max_positions}")
     folder = find_folder(name, revision)
     fields = read_json(folder / "config.json")
     model_type, config = _read_config(folder, fields)
+    if max_positions is not None:
+        config = dataclasses.replace(config, max_positions=max_positions)
     settings = folder / generation_config.FILE
     generation = read_json(settings) if settings.exists() else {}
     end_tokens = generation_config.read_end_tokens(folder, fields, generation)
@@ -68,9 +86,7 @@ def load(
         model_type=model_type,
         config=config,
         end_tokens=end_tokens,
-        tokenizer=str(folder.resolve())
-        if any((folder / file).exists() for file in TOKENIZER_FILES)
-        else None,
+        tokenizer=str(folder.resolve()) if _has_tokenizer(folder) else None,
         sampling_defaults=sampling,
         mesh=mesh,
     )
@@ -99,6 +115,10 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(
             f"no folder {name!r}, and no such model from the Hugging Face Hub: {error}"
         ) from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(all((folder / name).exists() for name in names) for names in TOKENIZER_FILES)
 
 
 def _read_config(folder: Path, fields: Mapping[str, Any]) -> tuple[str, Any]:

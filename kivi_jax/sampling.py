@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kivi_jax.arguments import read_number, read_size
+from kivi_jax.promotion import with_usual_promotion
 
 LEAST_TEMPERATURE = 1e-6  # as good as greedy; much less and float32 logits overflow
 
@@ -22,6 +23,7 @@ class Greedy:
 
     repetition_penalty: Any = None
 
+    @with_usual_promotion
     def __call__(
         self, logits: Float[Array, "B vocab"], keys: Any, seen: Bool[Array, "B vocab"] | None = None
     ) -> Int[Array, " B"]:
@@ -54,11 +56,13 @@ class Random:
     min_p: Any = None
     repetition_penalty: Any = None
 
+    @with_usual_promotion
     def __call__(
         self, logits: Float[Array, "B vocab"], keys: Any, seen: Bool[Array, "B vocab"] | None = None
     ) -> Int[Array, " B"]:
         return jax.vmap(jax.random.categorical)(keys, self.scores(logits, seen)).astype(jnp.int32)
 
+    @with_usual_promotion
     def scores(
         self, logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None = None
     ) -> Float[Array, "B vocab"]:

@@ -3,9 +3,12 @@
 import bisect
 import dataclasses
 import functools
+import importlib.util
 import operator
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from kivi_jax.models.registry import Params
@@ -13,6 +16,8 @@ from kivi_jax.models.registry import Params
 Conversation = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Conversation
 
+# What transformers calls a checkpoint's only chat template, or the one to take where none is named.
+DEFAULT_TEMPLATE = "default"
 # Tokens of the prompt that are decoded along with a completion: what a tokenizer makes of a token, its leading space
 # above all, can depend on the few before it.
 CONTEXT_TOKENS = 8
@@ -37,13 +42,23 @@ class Completion:
     logprobs: list[float] | None = None
 
 
-@functools.lru_cache(maxsize=8)
+# Held while a tokenizer is loaded: transformers' own lazy imports fail where several threads start them, and a
+# tokenizer that many ask for at once should be loaded once.
+_LOADING = threading.Lock()
+
+
 def load_tokenizer(folder: str) -> Any:
-    """The Hugging Face tokenizer in `folder`; no code from the folder is run.
+    """The Hugging Face tokenizer in `folder`; no code from the folder is run. Any thread may ask for it.
 
     Raises:
-        ValueError: its files are damaged or of an unknown kind.
+        ValueError: its files are damaged, of an unknown kind, or need a package that is not installed.
     """
+    with _LOADING:
+        return _load_tokenizer(folder)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_tokenizer(folder: str) -> Any:
     # transformers warns that it has no PyTorch, which nobody here wants it to have.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # seconds to import, and token-id prompts don't need it
@@ -51,6 +66,12 @@ def load_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the tokenizer's files make its parsers raise
+        if _lacks_sentencepiece(Path(folder)):
+            # transformers would have them install tiktoken, which can't read this file.
+            raise ValueError(
+                f"the tokenizer can't be loaded: {Path(folder, 'tokenizer.model')} is read by the package "
+                "sentencepiece, which is not installed; pip install sentencepiece"
+            ) from error
         # transformers would have them set trust_remote_code.
         needs_code = "trust_remote_code" in str(error)
         reason = "it needs code of its own, and code from checkpoints is never run" if needs_code else error
@@ -59,17 +80,28 @@ def load_tokenizer(folder: str) -> Any:
         ) from error
 
 
+def _lacks_sentencepiece(folder: Path) -> bool:
+    """Whether the tokenizer is a SentencePiece model only, and what reads those isn't there."""
+    model = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists() or not model.exists():
+        return False
+    with model.open("rb") as file:
+        # As the first of its pieces begins; other files of this name are texts.
+        return file.read(1) == b"\n" and importlib.util.find_spec("sentencepiece") is None
+
+
 def is_conversation(prompt: Any) -> TypeGuard[Conversation]:
     """Whether `prompt` is a list of messages."""
     return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(part, Mapping) for part in prompt)
 
 
-def encode(params: Params, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of every prompt.
+def encode(params: Params, prompts: Sequence[Prompt], chat_template: str | None = None) -> list[list[int]]:
+    """Token ids of every prompt, of conversations by the checkpoint's `chat_template` of this name.
 
     Raises:
         ValueError: an empty prompt, one that is not valid Unicode, a token outside the vocabulary, a text but no
-            tokenizer, a conversation but no chat template or one that refuses it, or something else.
+            tokenizer, a conversation but no chat template (of this name, or to take where none is named) or one that
+            refuses it, or something else.
     """
     encoded = []
     for number, prompt in enumerate(prompts):
@@ -77,7 +109,7 @@ def encode(params: Params, prompts: Sequence[Prompt]) -> list[list[int]]:
             _check_unicode(prompt, number)
             ids = _tokenizer(params).encode(prompt) if prompt else []
         elif is_conversation(prompt):
-            ids = _encode_conversation(_tokenizer(params), prompt, number)
+            ids = _encode_conversation(_tokenizer(params), prompt, number, chat_template)
         else:
             ids = _check_ids(prompt, number)
         if not ids:
@@ -115,23 +147,42 @@ def _check_ids(prompt: Any, number: int) -> list[int]:
     )
 
 
-def _encode_conversation(tokenizer: Any, messages: Conversation, number: int) -> list[int]:
+def _encode_conversation(
+    tokenizer: Any, messages: Conversation, number: int, chat_template: str | None
+) -> list[int]:
     """Token ids of messages and the header of the answer, as the checkpoint's own chat template has them."""
     for message in messages:
         if "role" not in message:
             raise ValueError(f"a message of prompt {number} needs a 'role', got {dict(message)!r}")
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "this checkpoint's tokenizer has no chat template, so it can't take messages; "
-            "pass the conversation as one text, formatted as the model expects it"
-        )
+    template = _find_template(tokenizer.chat_template, chat_template)
     try:
         # Jinja runs the template in its sandbox. Beginning tokens are the template's business: none is added to them.
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=True, return_dict=False
+        )
     except Exception as error:  # templates raise what they like for conversations they can't take
         raise ValueError(
             f"prompt {number}: the checkpoint's chat template does not take this conversation: {error}"
         ) from error
+
+
+def _find_template(templates: str | Mapping[str, str] | None, name: str | None) -> str:
+    """The chat template called `name`, by default the one that a checkpoint calls its default or that is its only."""
+    if not templates:
+        raise ValueError(
+            "this checkpoint's tokenizer has no chat template, so it can't take messages; "
+            "pass the conversation as one text, formatted as the model expects it"
+        )
+    named = {DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else templates
+    wanted = DEFAULT_TEMPLATE if name is None else name
+    if isinstance(wanted, str) and wanted in named:
+        return named[wanted]
+    names = ", ".join(map(repr, sorted(named)))
+    if name is None:
+        raise ValueError(
+            f"this checkpoint has no default chat template; choose one by chat_template: {names}"
+        )
+    raise ValueError(f"chat_template must be one of this checkpoint's, {names}, got {name!r}")
 
 
 def read_stops(params: Params, stop: str | Sequence[str] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:

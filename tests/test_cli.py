@@ -123,6 +123,20 @@ def test_chat_prints_the_answer_only(chat_folder):
     assert run(*chat).stdout != result.stdout
 
 
+def test_chat_template_is_named(chat_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(chat_folder, folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "plain.jinja").write_text(
+        "{{ bos_token }}{{ messages[0].content }}"
+    )
+    params = kivi_jax.load(folder)
+    expected = kivi_jax.generate(params, "import os", max_new_tokens=12).tokens
+    chat = ["generate", f"--model={folder}", "--chat", "--prompt=import os", "--max-new-tokens=12", "--json"]
+    assert json.loads(run(*chat, "--chat-template=plain").stdout)["tokens"] == expected
+    assert "must be one of this checkpoint's, 'default', 'plain'" in run(*chat, "--chat-template=x").stderr
+
+
 def test_the_checkpoints_sampling_yields_to_flags(monkeypatch):
     recommended = {"temperature": 1.5, "top_k": 40}
     monkeypatch.setattr(kivi_jax.Params, "sampling", property(lambda params: recommended))
@@ -150,6 +164,9 @@ def test_the_checkpoints_sampling_yields_to_flags(monkeypatch):
         (["--samples", "2"], "set a temperature above 0"),
         (["--chat"], "no chat template"),
         (["--system", "Be brief."], "--system needs --chat"),
+        (["--chat-template", "rag"], "--chat-template needs --chat"),
+        (["--max-positions", "0"], "max_positions must be at least 1"),
+        (["--max-positions", "100"], "exceed the model's 100 positions"),
         (["--logprobs"], "--logprobs needs --json"),
         (["--revision", "v1"], "revision 'v1' is for a model on the Hugging Face Hub"),
         (["--prompt", "x\udcff"], "prompt 1 is not valid Unicode"),

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 import kivi_jax
-from kivi_jax import CheckpointError
 from tests.checkpoints import write_checkpoint
 
 
@@ -45,7 +44,7 @@ def test_sampling_that_generate_lacks_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("config_eos", "generation_eos", "expected"),
-    [(None, None, ()), (2, None, (2,)), ([2, 3], None, (2, 3)), (2, [4, 5], (4, 5))],
+    [(None, None, ()), (2, None, (2,)), ([2, 3], None, (2, 3)), (2, [4, 5], (4, 5)), (-1, [4], (4,))],
 )
 def test_end_tokens(tmp_path, config_eos, generation_eos, expected):
     folder = write_checkpoint(tmp_path, eos_token_id=config_eos)
@@ -55,22 +54,59 @@ def test_end_tokens(tmp_path, config_eos, generation_eos, expected):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("config_eos", "generation_eos", "expected"),
     [
-        ("eos_token_id", "</s>", "eos_token_id must be a token id or a list of them, got '</s>'"),
-        ("temperature", "hot", "temperature is out of range: 'hot'"),
-        ("temperature", -1, "temperature is out of range: -1"),
-        ("temperature", float("nan"), "temperature is out of range: nan"),
-        ("top_k", 2.5, "top_k is out of range: 2.5"),
-        ("top_k", True, "top_k is out of range: True"),
-        ("top_p", 0, "top_p is out of range: 0"),
-        ("min_p", [0.1], "min_p is out of range"),
-        ("repetition_penalty", 0, "repetition_penalty is out of range: 0"),
-        ("do_sample", "yes", "do_sample must be true or false, got 'yes'"),
+        (None, -1, ()),
+        (2, -1, (2,)),
+        (-1, None, ()),
+        (None, [4, -1, "</s>", 5, True, None, 2**31], (4, 5)),
+        (3, "</s>", (3,)),
+        ({"id": 3}, None, ()),
+        (2.0, [[1]], ()),
     ],
 )
-def test_values_out_of_range_are_refused(tmp_path, field, value, message):
+def test_what_is_no_token_ends_nothing(tmp_path, config_eos, generation_eos, expected):
+    folder = write_checkpoint(tmp_path, eos_token_id=config_eos)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
+    with pytest.warns(UserWarning, match="eos_token_id must be a token id"):
+        assert kivi_jax.load(folder).end_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "hot"),
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("temperature", 10**400),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("top_k", True),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_p", float("inf")),
+        ("min_p", [0.1]),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", {}),
+    ],
+)
+def test_values_out_of_range_are_left_out(tmp_path, field, value):
     folder = write_checkpoint(tmp_path)
-    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, field: value}))
-    with pytest.raises(CheckpointError, match=message):
-        kivi_jax.load(folder)
+    fields = {"do_sample": True, "temperature": 0.5, "top_k": 7, "min_p": 0.1}
+    (folder / "generation_config.json").write_text(json.dumps(fields | {field: value}))
+    with pytest.warns(UserWarning, match=f"out of range: {field} .*; params.sampling is without"):
+        params = kivi_jax.load(folder)
+    del fields["do_sample"]
+    expected = {"temperature": 1.0} | {name: fields[name] for name in fields if name != field}
+    assert params.sampling == expected
+    kivi_jax.generate(params, [[1]], max_new_tokens=1, **params.sampling)
+
+
+@pytest.mark.parametrize("do_sample", ["yes", 2, [True], {}])
+def test_do_sample_that_is_neither_samples_nothing(tmp_path, do_sample):
+    folder = write_checkpoint(tmp_path)
+    fields = {"do_sample": do_sample, "top_k": -1, "repetition_penalty": 1.5}
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    with pytest.warns(UserWarning, match="out of range: do_sample"):
+        assert kivi_jax.load(folder).sampling == {"repetition_penalty": 1.5}

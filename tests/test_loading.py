@@ -10,6 +10,7 @@ import sys
 from fnmatch import fnmatch
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import tqdm as progress
@@ -200,6 +201,10 @@ def test_hub_downloads_what_is_needed_and_nothing_else():
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
     ]
     unwanted = [
         "consolidated.safetensors",
@@ -217,6 +222,53 @@ def test_demo_is_a_real_checkpoint():
     assert params.tokenizer is not None
     assert params.config.max_positions >= 2048
     assert params.config.num_heads > params.config.num_kv_heads
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "model_type": "qwen2"},
+        {},
+    ],
+)
+def test_a_longer_text_than_the_configuration_says(tmp_path, changes):
+    tensors = random_tensors(TINY)
+    if changes.get("model_type") == "qwen2":
+        for layer in range(TINY["num_hidden_layers"]):
+            for part, size in (("q", 128), ("k", 64), ("v", 64)):
+                tensors[f"model.layers.{layer}.self_attn.{part}_proj.bias"] = np.ones(size, np.float32)
+    short = write_checkpoint(tmp_path / "short", tensors, **changes, max_position_embeddings=64)
+    by_hand = write_checkpoint(tmp_path / "by_hand", tensors, **changes, max_position_embeddings=128)
+    prompt = [[*range(90)]]
+    params = kivi_jax.load(short, "float32")
+    with pytest.raises(ValueError, match=r"the model's 64 positions; .*load it with max_positions"):
+        kivi_jax.generate(params, prompt)
+    longer = kivi_jax.load(short, "float32", max_positions=128)
+    expected = kivi_jax.load(by_hand, "float32")
+    assert longer.config == expected.config
+    assert kivi_jax.generate(longer, prompt, max_new_tokens=8) == kivi_jax.generate(
+        expected, prompt, max_new_tokens=8
+    )
+    with pytest.raises(ValueError, match="the model's 96 positions"):
+        kivi_jax.generate(kivi_jax.load(by_hand, "float32", max_positions=96), prompt, max_new_tokens=8)
+
+
+def test_only_the_limit_changes(tmp_path):
+    """The frequencies of dynamic rope, and yarn's, depend on the length they were trained for."""
+    for kind in ("dynamic", "yarn", "llama3"):
+        rope = {"rope_type": kind, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        folder = write_checkpoint(tmp_path / kind, rope_scaling=rope)
+        config = kivi_jax.load(folder).config
+        longer = kivi_jax.load(folder, max_positions=10**5).config
+        assert longer == dataclasses.replace(config, max_positions=10**5)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "64", 2**31, float("nan"), [64]])
+def test_bad_max_positions_are_one_clear_error(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    with pytest.raises(ValueError, match="max_positions must be"):
+        kivi_jax.load(write_checkpoint(tmp_path), max_positions=value)
 
 
 # Prints, for meshes of 4 devices, what `test_a_mesh_splits_the_weights` compares.

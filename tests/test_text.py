@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import jaxtyping
 import pytest
@@ -195,6 +199,54 @@ def test_conversations_need_a_chat_template(tiny, lettered):
         kivi_jax.generate(lettered, MESSAGES)
 
 
+def write_templates(folder, form, templates):
+    """Named chat templates in one of the two forms that transformers reads."""
+    if form == "list":
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items()
+        ]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return
+    (folder / "additional_chat_templates").mkdir()
+    for name, template in templates.items():
+        place = "chat_template" if name == "default" else f"additional_chat_templates/{name}"
+        (folder / f"{place}.jinja").write_text(template)
+
+
+@pytest.mark.parametrize("form", ["list", "files"])
+@pytest.mark.parametrize("has_default", [False, True])
+def test_chat_templates_are_taken_by_name(lettered, tmp_path, form, has_default):
+    folder = tmp_path / "model"
+    shutil.copytree(lettered.tokenizer, folder)
+    templates = {"rag": "w11", "tool_use": "w12"} | ({"default": "w13"} if has_default else {})
+    write_templates(folder, form, templates)
+    kivi_jax.convert(folder, tmp_path / "converted", "float32")
+    for name in (folder, tmp_path / "converted"):
+        params = kivi_jax.load(name, "float32")
+        for template, text in templates.items():
+            assert encode(params, [MESSAGES, "w1"], template) == [[int(text[1:])], [1]]
+        with pytest.raises(ValueError, match=r"chat_template must be one of .*'rag', 'tool_use', got 'nope'"):
+            encode(params, [MESSAGES], "nope")
+        if has_default:
+            assert encode(params, [MESSAGES]) == [[13]]
+        else:
+            with pytest.raises(ValueError, match=r"no default chat template; choose .*: 'rag', 'tool_use'"):
+                encode(params, [MESSAGES])
+    expected = kivi_jax.generate(params, [[11]], max_new_tokens=3)[0].tokens
+    assert kivi_jax.generate(params, MESSAGES, max_new_tokens=3, chat_template="rag").tokens == expected
+
+
+def test_an_only_chat_template_is_the_default(chatty, monkeypatch):
+    assert encode(chatty, [MESSAGES], "default") == [MESSAGE_IDS]
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    for name in ("rag", "", 7, ["default"]):
+        with pytest.raises(
+            ValueError, match="chat_template must be one of this checkpoint's, 'default', got"
+        ):
+            kivi_jax.generate(chatty, MESSAGES, chat_template=name)
+
+
 def test_empty_text_is_refused(lettered):
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         kivi_jax.generate(lettered, "")
@@ -229,3 +281,60 @@ def test_damaged_tokenizer_is_one_clear_error(tmp_path, files, reason):
     ) as error:
         kivi_jax.generate(params, "text")
     assert "trust_remote_code" not in str(error.value)
+
+
+def test_tokenizers_of_vocabulary_and_merges(tmp_path):
+    folder = write_checkpoint(tmp_path, vocab_size=300)
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "<|end|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: token for token, word in enumerate(vocabulary)}))
+    assert kivi_jax.load(folder).tokenizer is None  # which is half of one
+    (folder / "merges.txt").write_text("#version: 0.2\nh e\nl l\n")
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|end|>"}'
+    )
+    kivi_jax.convert(folder, tmp_path / "converted")
+    for name in (folder, tmp_path / "converted"):
+        params = kivi_jax.load(name)
+        assert encode(params, ["hello"]) == [[256, 257, vocabulary.index("o")]]
+        assert load_tokenizer(params.tokenizer).decode([256, 257]) == "hell"
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    folder = write_checkpoint(tmp_path)
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    params = kivi_jax.load(folder)
+    with pytest.raises(
+        ValueError, match=r"tokenizer.model is read by the package sentencepiece, .*pip install"
+    ):
+        kivi_jax.generate(params, "text")
+
+
+# Eight threads ask for the same model at once, in a process that has not imported transformers yet.
+AT_ONCE = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import kivi_jax
+from kivi_jax.text import load_tokenizer
+
+assert "transformers" not in sys.modules
+params = kivi_jax.load(sys.argv[1], "float32")
+start = threading.Barrier(8)
+
+def answer(_):
+    start.wait()
+    tokenizer = load_tokenizer(params.tokenizer)
+    return id(tokenizer), kivi_jax.generate(params, "w1", "bf16", max_new_tokens=2).text
+
+with ThreadPoolExecutor(8) as pool:
+    ((_, text),) = set(pool.map(answer, range(8)))  # one tokenizer and one answer
+print(text)
+"""
+
+
+def test_first_calls_may_come_from_several_threads(lettered):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", AT_ONCE, str(lettered.tokenizer)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == kivi_jax.generate(lettered, "w1", "bf16", max_new_tokens=2).text

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
 
+from kivi_jax.promotion import with_usual_promotion
+
 WORD_BITS = 32
 FOLDED_HEAD_DIM = 64
 
@@ -37,6 +39,7 @@ KEY_TOKEN_AXES = (-2, -2, -2)
 VALUE_TOKEN_AXES = (-2, -1, -1)
 
 
+@with_usual_promotion
 def quantize_keys(x: Float[Array, "*batch T D"], bits: int, group_size: int) -> Quantized:
     """Quantizes per channel: a group is `group_size` consecutive tokens of one channel.
 
@@ -50,6 +53,7 @@ def quantize_keys(x: Float[Array, "*batch T D"], bits: int, group_size: int) -> 
     return Quantized(_pack(codes.reshape(x.shape), bits), scale.squeeze(-2), zero.squeeze(-2))
 
 
+@with_usual_promotion
 def quantize_values(x: Float[Array, "*batch T D"], bits: int, group_size: int) -> Quantized:
     """Quantizes per token: a group is `group_size` consecutive channels of one token.
 
@@ -67,6 +71,7 @@ def quantize_values(x: Float[Array, "*batch T D"], bits: int, group_size: int) -
     )
 
 
+@with_usual_promotion
 def dequantize_keys(quantized: Quantized, bits: int, group_size: int) -> Float[Array, "*batch T D"]:
     """Undoes `quantize_keys` up to half a scale per value; float32."""
     codes = _unpack(quantized.codes, bits, quantized.scale.shape[-1]) + 2 ** (bits - 1)
@@ -76,6 +81,7 @@ def dequantize_keys(quantized: Quantized, bits: int, group_size: int) -> Float[A
     return (groups * scale + zero).reshape(codes.shape)
 
 
+@with_usual_promotion
 def dequantize_values(quantized: Quantized, bits: int, group_size: int) -> Float[Array, "*batch T D"]:
     """Undoes `quantize_values` up to half a scale per value; float32."""
     codes = _unpack(quantized.codes, bits, quantized.scale.shape[-2] * group_size) + 2 ** (bits - 1)
