@@ -16,7 +16,6 @@ from kivi_jax.models.registry import Params
 from kivi_jax.models.sharding import DATA_AXIS
 from kivi_jax.sampling import Greedy, Sampler, make_sampler
 from kivi_jax.text import (
-    CONTEXT_TOKENS,
     Completion,
     CompletionReader,
     Conversation,
@@ -165,7 +164,7 @@ def stream(
     batch = PromptBatch.pad(ids, max_new_tokens, n or 1, devices)
     readers = [
         CompletionReader(
-            () if is_conversation(prompt) else tokens[-CONTEXT_TOKENS:],
+            () if is_conversation(prompt) else tokens,
             end_tokens,
             params.tokenizer,
             stops,

@@ -1,9 +1,9 @@
 """Between texts and token ids: prompts and conversations encoded, completions decoded and cut at stop strings."""
 
-import bisect
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import operator
 import os
 import threading
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
+from kivi_jax.detokenizer import Detokenizer
 from kivi_jax.models.registry import Params
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -18,9 +19,6 @@ Prompt = str | Sequence[int] | Conversation
 
 # What transformers calls a checkpoint's only chat template, or the one to take where none is named.
 DEFAULT_TEMPLATE = "default"
-# Tokens of the prompt that are decoded along with a completion: what a tokenizer makes of a token, its leading space
-# above all, can depend on the few before it.
-CONTEXT_TOKENS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +26,9 @@ class Completion:
     """What a model wrote after one prompt.
 
     Attributes:
-        text: the decoded tokens, as they continue the prompt, while unfinished without an end that the next tokens may
-            change: half a character, or the beginning of a stop string. None if the checkpoint has no tokenizer.
+        text: the decoded tokens, as they continue the prompt. While unfinished it only grows, and lacks an end that the
+            next tokens may change: half a character, or the beginning of a stop string. Half a character at the end of
+            a finished one reads as U+FFFD. None if the checkpoint has no tokenizer.
         tokens: generated ids, without the end token; after a stop string, those up to its last one.
         finish_reason: "stop" after an end token or a stop string, "length" at `max_new_tokens`; None while unfinished.
         logprobs: natural logarithm of the probability the model gave each of `tokens`, in nats: the log-softmax of its
@@ -205,68 +204,74 @@ def read_stops(params: Params, stop: str | Sequence[str] | None) -> tuple[tuple[
     return tuple(text for text in stops if text not in special), (*params.end_tokens, *ends)
 
 
-@dataclasses.dataclass(frozen=True)
 class CompletionReader:
-    """Reads what was generated after one prompt.
+    """Reads what is generated after one prompt, each token once, so that what it shows and where it ends don't depend
+    on how many tokens come at a time.
 
-    Attributes:
-        context: the last tokens of the prompt if the completion continues its text. An answer in a conversation begins
-            a text of its own, and has none.
+    Args:
+        context: the tokens of the prompt if the completion continues its text. An answer in a conversation begins a
+            text of its own, and has none.
         end_tokens: ids that end a completion.
         tokenizer: the folder with the tokenizer's files, if there is one.
         stops: strings that end a completion.
         max_new_tokens: where a completion ends otherwise.
     """
 
-    context: Sequence[int]
-    end_tokens: tuple[int, ...]
-    tokenizer: str | None
-    stops: tuple[str, ...]
-    max_new_tokens: int
+    def __init__(
+        self,
+        context: Sequence[int],
+        end_tokens: tuple[int, ...],
+        tokenizer: str | None,
+        stops: tuple[str, ...],
+        max_new_tokens: int,
+    ) -> None:
+        self.max_new_tokens = max_new_tokens
+        self.end_tokens = end_tokens
+        self._stops = stops
+        self._detokenizer = None if tokenizer is None else Detokenizer(load_tokenizer(tokenizer), context)
+        self._text = ""
+        self._count = 0  # tokens of the completion
+        self._finish_reason: Literal["stop", "length"] | None = None
 
     def read(self, tokens: list[int], logprobs: list[float] | None = None) -> Completion:
-        """The completion that `tokens`, all that was generated so far, amount to."""
-        text, count, finish_reason = self._read(tokens)
-        return Completion(text, tokens[:count], finish_reason, logprobs and logprobs[:count])
-
-    def _read(self, tokens: list[int]) -> tuple[str | None, int, Literal["stop", "length"] | None]:
-        """Text, number of tokens and finish reason of the completion."""
-        finish_reason: Literal["stop", "length"] | None = (
-            "length" if len(tokens) == self.max_new_tokens else None
+        """The completion that `tokens`, all that was generated so far, amount to; they begin with the last call's."""
+        text = self._text
+        for token in itertools.islice(tokens, self._count, None):
+            if self._finish_reason is not None:
+                break
+            added = self._add(token)
+            text += added
+            if added and (place := self._first_stop(text, len(text) - len(added))) is not None:
+                text, self._finish_reason = text[:place], "stop"
+        self._text = text
+        begun = 0 if self._finish_reason is not None else self._begun_stop(text)
+        return Completion(
+            None if self._detokenizer is None else text[: len(text) - begun],
+            tokens[: self._count],
+            self._finish_reason,
+            logprobs and logprobs[: self._count],
         )
-        ends = [place for place, token in enumerate(tokens) if token in self.end_tokens]
+
+    def _add(self, token: int) -> str:
+        """The text that comes with this token, which may finish the completion."""
+        ends = token in self.end_tokens
         if ends:
-            tokens, finish_reason = tokens[: ends[0]], "stop"
-        if self.tokenizer is None:
-            return None, len(tokens), finish_reason
-        text = self._decode(tokens)
-        if self._first_stop(text) is not None:
-            # The first tokens that complete a stop string decide, whatever was generated since.
-            needed = bisect.bisect_left(
-                range(len(tokens)),
-                True,
-                key=lambda count: self._first_stop(self._decode(tokens[:count])) is not None,
-            )
-            tokens, finish_reason = tokens[:needed], "stop"
-            text = self._decode(tokens)
-            text = text[: self._first_stop(text)]
-        elif finish_reason is None:
-            text = text.rstrip("\ufffd")  # as half a character decodes until its last byte is there
-            text = text[: len(text) - self._begun_stop(text)]
-        return text, len(tokens), finish_reason
+            self._finish_reason = "stop"
+        else:
+            self._count += 1
+            if self._count == self.max_new_tokens:
+                self._finish_reason = "length"
+        if self._detokenizer is None:
+            return ""
+        text = "" if ends else self._detokenizer.add(token)
+        return text if self._finish_reason is None else text + self._detokenizer.rest()
 
-    def _decode(self, tokens: list[int]) -> str:
-        decode = functools.partial(load_tokenizer(str(self.tokenizer)).decode, skip_special_tokens=True)
-        context = list(self.context)
-        before, whole = decode(context), decode(context + tokens)
-        # Where the prompt ends within a character, the context decodes differently once the character is whole.
-        return whole[len(before) :] if whole.startswith(before) else decode(tokens)
-
-    def _first_stop(self, text: str) -> int | None:
-        """Where the first of the stop strings in `text` begins."""
-        return min((place for stop in self.stops if (place := text.find(stop)) >= 0), default=None)
+    def _first_stop(self, text: str, new: int) -> int | None:
+        """Where the first of the stop strings in `text` begins that ends after its first `new` characters."""
+        places = (text.find(stop, max(0, new - len(stop) + 1)) for stop in self._stops)
+        return min((place for place in places if place >= 0), default=None)
 
     def _begun_stop(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string begins with: it may be about to come."""
-        lengths = (size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+        lengths = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
         return max(lengths, default=0)
