@@ -69,6 +69,56 @@ def prefill(
         ValueError: the shapes of `tokens`, `lengths` and `state` don't fit together.
     """
     _check_chunk(tokens, lengths, state)
+    logits, layers = _fill_rows(params, tokens, lengths, state.layers, jnp.int32(0))
+    return logits, dataclasses.replace(state, lengths=lengths.astype(jnp.int32), layers=layers)
+
+
+@functools.partial(jax.jit, static_argnames="prefill_chunk", donate_argnames="state")
+def insert_prompts(
+    params: Params,
+    tokens: Int[Array, "N T"],
+    lengths: Int[Array, " N"],
+    state: KVState,
+    first_row: Int[Array, ""],
+    prefill_chunk: int | None = None,
+) -> tuple[Float[Array, "N vocab"], KVState]:
+    """`prefill` of some rows of a state, from `first_row` on; the others stay as they are.
+
+    So prompts of different lengths need not be padded to the longest. Not for a mesh that splits rows over devices.
+
+    Args:
+        params: the model.
+        tokens: prompts, right-padded with any token.
+        lengths: the real tokens of each, 1 to T.
+        state: a state of more rows with a capacity of at least T; it is donated.
+        first_row: where the first prompt goes.
+        prefill_chunk: most tokens of a prompt to run at a time.
+
+    Returns:
+        The float32 logits of each prompt's last token, and the state.
+    """
+    if prefill_chunk is None or tokens.shape[1] <= prefill_chunk:
+        logits, layers = _fill_rows(params, tokens, lengths, state.layers, first_row)
+    else:  # which goes over all rows of a state
+        own = init_state(params, lengths.size, state.capacity, state.config)
+        logits, own = _prefill_in_chunks(params, tokens, lengths, own, prefill_chunk)
+        layers = jax.tree.map(
+            lambda all_rows, rows: jax.lax.dynamic_update_slice_in_dim(all_rows, rows, first_row, axis=0),
+            state.layers,
+            own.layers,
+        )
+    all_lengths = jax.lax.dynamic_update_slice(state.lengths, lengths.astype(jnp.int32), (first_row,))
+    return logits, dataclasses.replace(state, lengths=all_lengths, layers=layers)
+
+
+def _fill_rows(
+    params: Params,
+    tokens: Int[Array, "N T"],
+    lengths: Int[Array, " N"],
+    layers: tuple[Layer, ...],
+    first_row: Int[Array, ""],
+) -> tuple[Float[Array, "N vocab"], tuple[Layer, ...]]:
+    """Logits of each prompt's last token, and the layers with the prompts in their rows from `first_row` on."""
     partition = Partition.of(params.config, params.mesh, lengths.size)
     tokens, lengths = partition.place((tokens, lengths))
     devices, rows = partition.row_devices, lengths.size // partition.row_devices
@@ -103,7 +153,7 @@ def prefill(
         )
 
         def attend(q: Array, k: Array, v: Array, layer: Layer) -> tuple[Array, Layer]:
-            starts = jnp.full_like(group_lengths, start)
+            starts = jnp.full_like(group_lengths, first_row + start)
             return partition.attend(attend_and_store, q, k, v, layer, group_lengths, starts)
 
         zeros = jnp.zeros_like(group_lengths)
@@ -112,9 +162,8 @@ def prefill(
         return jax.lax.dynamic_update_slice_in_dim(logits, new, start, axis=1), layers
 
     logits = jnp.zeros((devices, rows, params.config.vocab_size), jnp.float32)
-    logits, layers = jax.lax.fori_loop(0, groups, run, (logits, state.layers))
-    logits = logits.reshape(lengths.size, -1)
-    return logits, dataclasses.replace(state, lengths=lengths.astype(jnp.int32), layers=layers)
+    logits, layers = jax.lax.fori_loop(0, groups, run, (logits, layers))
+    return logits.reshape(lengths.size, -1), layers
 
 
 @jax.jit
@@ -306,13 +355,41 @@ def start_decoding(
 
     Row i continues prompt i, or prompt `prompt_rows[i]`: several rows can share a prompt that is prefilled once.
     """
-    batch = active.shape[0]
     state = init_state(params, tokens.shape[0], capacity, kv)
     logits, state = _prefill_in_chunks(params, tokens, lengths, state, prefill_chunk)
-    penalized = sampler.repetition_penalty is not None
-    seen = _seen_tokens(tokens, lengths, logits.shape[-1]) if penalized else None
+    seen = seen_tokens(params, tokens, lengths, sampler)
     if prompt_rows is not None:
-        logits, state, seen = jax.tree.map(lambda leaf: leaf[prompt_rows], (logits, state, seen))
+        logits, state, seen = take_rows((logits, state, seen), prompt_rows)
+    return begin_decoding(
+        params,
+        logits,
+        state,
+        seen,
+        end_tokens,
+        keys,
+        sampler,
+        active=active,
+        max_new_tokens=max_new_tokens,
+        logprobs=logprobs,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "logprobs"), donate_argnames=("state", "seen"))
+def begin_decoding(
+    params: Params,
+    logits: Float[Array, "rows vocab"],
+    state: KVState,
+    seen: Bool[Array, "rows vocab"] | None,
+    end_tokens: Int[Array, " E"],
+    keys: Array,
+    sampler: Sampler,
+    *,
+    active: Bool[Array, " rows"],
+    max_new_tokens: int,
+    logprobs: bool = False,
+) -> Decoding:
+    """Samples the first token of every active row, after prompts that are prefilled; their state is donated."""
+    batch = active.shape[0]
     decoding = Decoding(
         state=state,
         tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
@@ -400,10 +477,20 @@ def _take_token(
     )
 
 
-def _seen_tokens(
-    tokens: Int[Array, "B T"], lengths: Int[Array, " B"], vocab_size: int
-) -> Bool[Array, "B vocab"]:
-    """Which tokens each row's prompt has; padding doesn't count."""
+@jax.jit
+def take_rows(tree: Any, rows: Int[Array, " rows"]) -> Any:
+    """Those rows of every array."""
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+@jax.jit
+def seen_tokens(
+    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], sampler: Sampler
+) -> Bool[Array, "B vocab"] | None:
+    """Which tokens each row's prompt has, if the sampler penalizes repetition; padding doesn't count."""
+    if sampler.repetition_penalty is None:
+        return None
+    vocab_size = params.config.vocab_size
     tokens = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, vocab_size)
     rows = jnp.arange(tokens.shape[0])[:, None]
     return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, tokens].set(True, mode="drop")

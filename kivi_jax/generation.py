@@ -1,6 +1,9 @@
 """Text in, text out."""
 
 import dataclasses
+import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +13,17 @@ import numpy as np
 from jax import Array
 
 from kivi_jax.arguments import read_size, read_whole
-from kivi_jax.decoding import continue_decoding, start_decoding
+from kivi_jax.decoding import (
+    begin_decoding,
+    continue_decoding,
+    init_state,
+    insert_prompts,
+    seen_tokens,
+    start_decoding,
+    take_rows,
+)
 from kivi_jax.kv.config import KVConfig, resolve_kv
+from kivi_jax.kv.state import KVState
 from kivi_jax.models.registry import Params
 from kivi_jax.models.sharding import DATA_AXIS
 from kivi_jax.sampling import Greedy, Sampler, make_sampler
@@ -25,6 +37,10 @@ from kivi_jax.text import (
     read_stops,
 )
 
+# Prompts of one batch are prefilled in groups of like length where padding them to the longest would run more than so
+# many times their tokens, and more than so many tokens.
+MOST_PADDED = 1.6
+FREE_TOKENS = 512
 # Tokens between looks at the text, while stop strings can end a row or somebody reads along.
 STREAM_TOKENS = 8
 
@@ -209,33 +225,36 @@ def _stream(
     """Generates and yields the completions of the rows that have a reader."""
     max_new_tokens = readers[0].max_new_tokens
     end_tokens = jnp.asarray(_pad_end_tokens(readers[0].end_tokens), jnp.int32)
-    rows = np.arange(len(batch.samples))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(_random_key(seed), batch.prompt_rows)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(_random_key(seed), batch.places[batch.prompt_rows])
     keys = jax.vmap(jax.random.fold_in)(keys, batch.samples)
-    decoding = start_decoding(
-        params,
-        jnp.asarray(batch.tokens),
-        jnp.asarray(batch.lengths),
-        end_tokens,
-        keys,
-        sampler,
-        active=jnp.asarray(rows < len(readers)),
-        capacity=batch.capacity,
-        kv=config,
-        max_new_tokens=_bucket(max_new_tokens, least=16),
-        prompt_rows=None if batch.samples.max() == 0 else jnp.asarray(batch.prompt_rows),
-        logprobs=with_logprobs,
-        prefill_chunk=prefill_chunk,
-    )
+    settings: dict[str, Any] = {
+        "active": jnp.asarray(np.arange(len(batch.samples)) < len(readers)),
+        "max_new_tokens": _bucket(max_new_tokens, least=16),
+        "logprobs": with_logprobs,
+    }
+    tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
+    prompt_rows = None if batch.samples.max() == 0 else jnp.asarray(batch.prompt_rows)
+    if len(batch.groups) == 1:
+        settings |= {"capacity": batch.capacity, "kv": config, "prefill_chunk": prefill_chunk}
+        settings["prompt_rows"] = prompt_rows
+        decoding = start_decoding(params, tokens, lengths, end_tokens, keys, sampler, **settings)
+    else:
+        prompts = (
+            *_prefill_groups(params, batch, config, prefill_chunk),
+            seen_tokens(params, tokens, lengths, sampler),
+        )
+        if prompt_rows is not None:
+            prompts = take_rows(prompts, prompt_rows)
+        decoding = begin_decoding(params, *prompts, end_tokens, keys, sampler, **settings)
     completions = [Completion(None, [], None)] * len(readers)
     while True:
         steps = int(decoding.steps)
-        tokens = np.asarray(decoding.tokens)[:, :steps].tolist()
+        written = np.asarray(decoding.tokens)[:, :steps].tolist()
         logprobs = None if decoding.logprobs is None else np.asarray(decoding.logprobs)[:, :steps].tolist()
         # A finished row's columns go on being filled, with anything.
         completions = [
-            done if done.finish_reason else reader.read(tokens[row], logprobs and logprobs[row])
-            for row, (done, reader) in enumerate(zip(completions, readers, strict=True))
+            done if done.finish_reason else reader.read(written[row], logprobs and logprobs[row])
+            for row, done, reader in zip(batch.rows, completions, readers, strict=True)
         ]
         running = [completion.finish_reason is None for completion in completions]
         if not any(running):
@@ -243,10 +262,31 @@ def _stream(
             return
         if chunk is not None and steps > 1:
             yield completions
-        running += [False] * (len(rows) - len(readers))
-        decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running))
+        running_rows = np.zeros(len(batch.samples), bool)
+        running_rows[batch.rows] = running
+        decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running_rows))
         until = max_new_tokens if chunk is None else min(steps + chunk, max_new_tokens)
         decoding = continue_decoding(params, decoding, end_tokens, sampler, jnp.int32(until))
+
+
+def _prefill_groups(
+    params: Params, batch: "PromptBatch", config: KVConfig, prefill_chunk: int | None
+) -> tuple[Array, KVState]:
+    """Logits after every prompt, 0 in rows that only fill up the batch, and the state."""
+    state = _empty_state(params, len(batch.tokens), batch.capacity, config)
+    logits = []
+    first = 0
+    for rows, width in batch.groups:
+        group = slice(first, first + rows)
+        tokens, lengths = jnp.asarray(batch.tokens[group, :width]), jnp.asarray(batch.lengths[group])
+        of_group, state = insert_prompts(params, tokens, lengths, state, jnp.int32(first), prefill_chunk)
+        logits.append(of_group)
+        first += rows
+    filling = jnp.zeros((len(batch.tokens) - first, params.config.vocab_size), jnp.float32)
+    return jnp.concatenate([*logits, filling]), state
+
+
+_empty_state = jax.jit(init_state, static_argnames=("batch", "capacity", "kv"))
 
 
 def _pad_end_tokens(tokens: tuple[int, ...]) -> tuple[int, ...]:
@@ -266,17 +306,23 @@ class PromptBatch:
     """Prompts in arrays of bucketed shapes, so that different prompts rarely need another compilation.
 
     Attributes:
-        tokens: int32 `[B, T]`, right-padded.
+        tokens: int32 `[B, T]`, right-padded; if there are several groups, from the shortest prompt to the longest.
         lengths: int32 `[B]`; rows that only fill up the batch have one token.
+        places: int32 `[B]`, which of the prompts a row of `tokens` is.
+        groups: rows that are prefilled together, one group after the other, and how many columns they need.
         prompt_rows: int32 `[N]`, the row of `tokens` that each row of the generation continues.
         samples: int32 `[N]`, which of its prompt's samples a row of the generation is.
+        rows: the rows of the generation in the order of the prompts, those of one prompt's samples together.
         capacity: tokens a row of the KV state must hold.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    places: np.ndarray
+    groups: tuple[tuple[int, int], ...]
     prompt_rows: np.ndarray
     samples: np.ndarray
+    rows: np.ndarray
     capacity: int
 
     @classmethod
@@ -287,12 +333,57 @@ class PromptBatch:
         longest = max(map(len, ids))
         tokens = np.zeros((_bucket(-(-len(ids) // devices)) * devices, _bucket(longest, least=16)), np.int32)
         lengths = np.ones(len(tokens), np.int32)
-        for row, prompt in enumerate(ids):
+        places = np.arange(len(tokens), dtype=np.int32)
+        groups = _groups([len(prompt) for prompt in ids], tokens.shape) if devices == 1 else [tokens.shape]
+        if len(groups) > 1:
+            places[: len(ids)] = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for row, place in enumerate(places[: len(ids)]):
+            prompt = ids[place]
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
         rows = np.arange(_bucket(-(-len(ids) * n // devices)) * devices, dtype=np.int32)
         prompt_rows = np.minimum(rows // n, len(tokens) - 1)
-        return cls(tokens, lengths, prompt_rows, rows % n, _bucket(longest + max_new_tokens, least=16))
+        first_rows = n * np.argsort(places[: len(ids)])
+        return cls(
+            tokens,
+            lengths,
+            places,
+            tuple(groups),
+            prompt_rows,
+            rows % n,
+            (first_rows[:, None] + np.arange(n)).reshape(-1),
+            _bucket(longest + max_new_tokens, least=16),
+        )
+
+
+def _groups(lengths: Sequence[int], whole: tuple[int, int]) -> list[tuple[int, int]]:
+    """Rows and columns of the fewest groups of prompts, from short to long, that don't pad too much.
+
+    Every shape of a group has to be compiled once, and one group, `whole`, costs the least where it may be.
+    """
+    affordable = max(MOST_PADDED * sum(lengths), FREE_TOKENS)
+    if math.prod(whole) <= affordable:
+        return [whole]
+    counts = Counter(_bucket(length, least=16) for length in lengths)
+    widths = sorted(counts)
+    cost = sum(width * counts[width] for width in widths)
+    # Narrow ones join the next wider ones, the cheapest first.
+    while len(widths) > 1:
+        more, width, wider = min((counts[a] * (b - a), a, b) for a, b in itertools.pairwise(widths))
+        if cost + more > affordable:
+            break
+        cost += more
+        counts[wider] += counts.pop(width)
+        widths.remove(width)
+    return [(rows, width) for width in widths for rows in _bucket_sizes(counts[width])]
+
+
+def _bucket_sizes(count: int) -> Iterator[int]:
+    """Sizes that `_bucket` has, the largest first, whose sum is `count`."""
+    while count:
+        size = max(size for size in range(1, count + 1) if _bucket(size) == size)
+        yield size
+        count -= size
 
 
 def _bucket(size: int, least: int = 1) -> int:
