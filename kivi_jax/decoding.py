@@ -74,6 +74,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames="prefill_chunk", donate_argnames="state")
+@with_usual_promotion
 def insert_prompts(
     params: Params,
     tokens: Int[Array, "N T"],
@@ -375,6 +376,7 @@ def start_decoding(
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "logprobs"), donate_argnames=("state", "seen"))
+@with_usual_promotion
 def begin_decoding(
     params: Params,
     logits: Float[Array, "rows vocab"],
@@ -484,6 +486,7 @@ def take_rows(tree: Any, rows: Int[Array, " rows"]) -> Any:
 
 
 @jax.jit
+@with_usual_promotion
 def seen_tokens(
     params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], sampler: Sampler
 ) -> Bool[Array, "B vocab"] | None:
