@@ -117,7 +117,8 @@ def generate(
         )
         shown = [""] * len(prompt) if chat else prompt
         if len(prompt) == samples == 1 and not as_json:
-            print_stream(shown[0], (completion for ((completion,),) in steps))
+            if error := print_stream(shown[0], (completion for ((completion,),) in steps)):
+                fail(error)
             return
         results: list[list[kivi_jax.Completion]] = []
         total = len(prompt) * samples * max_new_tokens
@@ -128,6 +129,9 @@ def generate(
         for text, before, completions in zip(prompt, shown, results, strict=True):
             for completion in completions:
                 print(json_line(text, completion) if as_json else f"{before}{completion.text}\n")
+        errors = {completion.error for completions in results for completion in completions} - {None}
+        if errors:
+            fail("; ".join(map(str, errors)))
 
 
 @app.command()
@@ -153,20 +157,23 @@ def conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
 
 def json_line(prompt: str, completion: kivi_jax.Completion) -> str:
     fields = dataclasses.asdict(completion)
-    if completion.logprobs is None:
-        del fields["logprobs"]
+    for name in ("logprobs", "error"):
+        if fields[name] is None:
+            del fields[name]
     return json.dumps({"prompt": prompt} | fields)
 
 
-def print_stream(prompt: str, completions: Iterator[kivi_jax.Completion]) -> None:
-    """Prints what each step adds to the text."""
+def print_stream(prompt: str, completions: Iterator[kivi_jax.Completion]) -> str | None:
+    """Prints what each step adds to the text, and returns the last one's error."""
+    error = None
     print(prompt, end="", flush=True)
     printed = 0
     for completion in completions:
-        text = completion.text or ""
+        text, error = completion.text or "", completion.error
         print(text[printed:], end="", flush=True)
         printed = max(printed, len(text))
     print()
+    return error
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ from kivi_jax.sampling import Sampler
 # Prompt tokens that `prefill` runs at a time, in whole rows: enough to keep any accelerator's multipliers busy for the
 # weights that each pass reads, few enough that activations are small beside weights and state.
 PREFILL_TOKENS = 4096
+# In place of the token of a row whose activations overflowed.
+NO_TOKEN = -1
 
 
 def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "kivi2") -> KVState:
@@ -318,7 +320,8 @@ class Decoding:
         tokens: int32 `[B, N]`, the generated tokens.
         steps: how many columns of `tokens` are written.
         last: int32 `[B]`, the newest token.
-        active: bool `[B]`, the rows that have not ended; a row ends by an end token, which stays in `tokens`.
+        active: bool `[B]`, the rows that have not ended; a row ends by an end token, which stays in `tokens`, or by
+            `NO_TOKEN`, where its logits are not all finite numbers.
         keys: one random key a row, so that a row's samples don't depend on its neighbours.
         logprobs: float32 `[B, N]`, the log-probability of each of `tokens`, if asked for.
         seen: bool `[B, vocab]`, the tokens of a row's prompt and completion, if the sampler penalizes repetition.
@@ -459,8 +462,9 @@ def _take_token(
 ) -> Decoding:
     """Samples the next token of every row and writes it down."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(decoding.keys, decoding.steps)
-    token = sampler(logits, keys, decoding.seen)
-    ended = (token[:, None] == end_tokens).any(-1)
+    failed = ~jnp.isfinite(logits).all(-1)
+    token = jnp.where(failed, NO_TOKEN, sampler(logits, keys, decoding.seen))
+    ended = failed | (token[:, None] == end_tokens).any(-1)
     column = (jnp.zeros_like(decoding.steps), decoding.steps)
     logprobs, seen = decoding.logprobs, decoding.seen
     if logprobs is not None:
@@ -472,7 +476,7 @@ def _take_token(
         decoding,
         tokens=jax.lax.dynamic_update_slice(decoding.tokens, token[:, None], column),
         steps=decoding.steps + 1,
-        last=token,
+        last=jnp.maximum(token, 0),
         active=decoding.active & ~ended,
         logprobs=logprobs,
         seen=seen,

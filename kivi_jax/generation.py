@@ -185,6 +185,7 @@ def stream(
             params.tokenizer,
             stops,
             max_new_tokens,
+            error=_overflow(params),
         )
         for prompt, tokens in zip(listed, ids, strict=True)
         for _ in range(1 if n is None else n)
@@ -193,6 +194,15 @@ def stream(
     if n is None:
         return steps
     return ([step[row : row + n] for row in range(0, len(step), n)] for step in steps)
+
+
+def _overflow(params: Params) -> str:
+    """What is said of a row whose logits are no finite numbers."""
+    dtype = params.dtype.name
+    problem = f"the model's activations are no finite numbers in {dtype}"
+    if dtype == "float16":
+        return f"{problem}, whose largest is 65504; load it with dtype='bfloat16' or 'float32'"
+    return f"{problem}; its weights may be damaged or of another model"
 
 
 def _list_prompts(prompts: Prompts) -> list[Any]:

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
+from kivi_jax.decoding import NO_TOKEN
 from kivi_jax.detokenizer import Detokenizer
 from kivi_jax.models.registry import Params
 
 Conversation = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Conversation
+FinishReason = Literal["stop", "length", "error"]
 
 # What transformers calls a checkpoint's only chat template, or the one to take where none is named.
 DEFAULT_TEMPLATE = "default"
@@ -30,15 +32,18 @@ class Completion:
             next tokens may change: half a character, or the beginning of a stop string. Half a character at the end of
             a finished one reads as U+FFFD. None if the checkpoint has no tokenizer.
         tokens: generated ids, without the end token; after a stop string, those up to its last one.
-        finish_reason: "stop" after an end token or a stop string, "length" at `max_new_tokens`; None while unfinished.
+        finish_reason: "stop" after an end token or a stop string, "length" at `max_new_tokens`, "error" where the
+            model's activations overflowed; None while unfinished.
         logprobs: natural logarithm of the probability the model gave each of `tokens`, in nats: the log-softmax of its
             float32 logits, before temperature, repetition penalty and cuts; None if they weren't asked for.
+        error: after an "error", what went wrong and what to do.
     """
 
     text: str | None
     tokens: list[int]
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
     logprobs: list[float] | None = None
+    error: str | None = None
 
 
 # Held while a tokenizer is loaded: transformers' own lazy imports fail where several threads start them, and a
@@ -215,6 +220,7 @@ class CompletionReader:
         tokenizer: the folder with the tokenizer's files, if there is one.
         stops: strings that end a completion.
         max_new_tokens: where a completion ends otherwise.
+        error: what is said where the model gave no token.
     """
 
     def __init__(
@@ -224,6 +230,7 @@ class CompletionReader:
         tokenizer: str | None,
         stops: tuple[str, ...],
         max_new_tokens: int,
+        error: str = "the model gave no token",
     ) -> None:
         self.max_new_tokens = max_new_tokens
         self.end_tokens = end_tokens
@@ -231,7 +238,8 @@ class CompletionReader:
         self._detokenizer = None if tokenizer is None else Detokenizer(load_tokenizer(tokenizer), context)
         self._text = ""
         self._count = 0  # tokens of the completion
-        self._finish_reason: Literal["stop", "length"] | None = None
+        self._finish_reason: FinishReason | None = None
+        self._error = error
 
     def read(self, tokens: list[int], logprobs: list[float] | None = None) -> Completion:
         """The completion that `tokens`, all that was generated so far, amount to; they begin with the last call's."""
@@ -250,13 +258,15 @@ class CompletionReader:
             tokens[: self._count],
             self._finish_reason,
             logprobs and logprobs[: self._count],
+            self._error if self._finish_reason == "error" else None,
         )
 
     def _add(self, token: int) -> str:
         """The text that comes with this token, which may finish the completion."""
-        ends = token in self.end_tokens
+        failed = token == NO_TOKEN
+        ends = failed or token in self.end_tokens
         if ends:
-            self._finish_reason = "stop"
+            self._finish_reason = "error" if failed else "stop"
         else:
             self._count += 1
             if self._count == self.max_new_tokens:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
@@ -240,3 +241,20 @@ def test_damaged_weights_give_no_traceback(tmp_path, program):
     assert result.returncode == 1
     assert "damaged or cut short" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--json", "--logprobs"), ("--samples=2", "--temperature=1")])
+def test_overflow_is_an_error(monkeypatch, options):
+    """Lines are JSON still, one line says what to do, and the program fails."""
+    demo = kivi_jax.load("demo", dtype="float16")
+    weights = jax.tree.map(lambda x: x, demo.weights)
+    weights["embed"]["embedding"] = weights["embed"]["embedding"] + jnp.inf
+    monkeypatch.setattr(kivi_jax, "load", lambda *_, **__: dataclasses.replace(demo, weights=weights))
+    ended = run("generate", "--model=demo", "--prompt=a", "--max-new-tokens=3", *options)
+    assert ended.exit_code == 1
+    assert "bfloat16" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    if "--json" in options:
+        line = json.loads(ended.stdout, parse_constant=pytest.fail)
+        assert (line["tokens"], line["finish_reason"], line["logprobs"]) == ([], "error", [])
+        assert line["error"] in ended.stderr

@@ -160,6 +160,27 @@ def test_prompts_of_n_samples_are_prefilled_once():
     assert batch.samples.tolist() == [0, 1, 2] * 5 + [0]
 
 
+def test_overflow_ends_its_row_with_an_error(tiny):
+    """One token's activations are no numbers: in a prompt it ends its row at once, as the third new one after it."""
+    expected = kivi_jax.generate(tiny, [[1, 2, 3], [4, 5]], max_new_tokens=8, logprobs=True)
+    bad = expected[0].tokens[2]
+    assert bad not in {1, 2, 3, 4, 5, *expected[1].tokens, *expected[0].tokens[:2]}
+    weights = jax.tree.map(lambda x: x, tiny.weights)
+    weights["embed"]["embedding"] = weights["embed"]["embedding"].at[bad].set(jnp.inf)
+    params = dataclasses.replace(tiny, weights=weights)
+    for settings in ({}, {"temperature": 1.0}):
+        first, second, third = kivi_jax.generate(
+            params, [[1, 2, 3], [4, 5], [7, bad]], max_new_tokens=8, logprobs=True, **settings
+        )
+        assert (third.tokens, third.finish_reason) == ([], "error")
+        assert "float32" in third.error
+        if not settings:
+            assert (first.tokens, first.finish_reason) == (expected[0].tokens[:3], "error")
+            assert np.isfinite(first.logprobs).all()
+            assert second == expected[1]
+            assert second.error is None
+
+
 RAGGED = [[5, 6], [i % 101 for i in range(1, 700)], [7] * 100, [9], list(range(90, 0, -1)), [3, 2, 1]]
 
 
