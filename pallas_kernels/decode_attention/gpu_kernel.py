@@ -1,7 +1,7 @@
 """The programs of the GPU kernel, written for Pallas' Triton lowering.
 
-A program of `attend` is one warp with one item of work: the exact tokens of a row, or some of its packed tokens, for up
-to 16 query heads of one KV head. `merge` combines the items of a row.
+A program of `attend` is one warp with one item of work: the exact tokens of a row, or some of its packed tokens, for
+some query heads of one KV head (`Plan.rows`). `merge` combines the items of a row.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ MERGED_ITEMS = 32  # items merged at a time
 
 
 def compiler_params(warps: int) -> Any:
-    """Of a program of so many warps, which reads a tile ahead."""
+    """Of a program of so many warps. Of its innermost loops, the loads of two passes are under way at a time."""
     return plgpu.CompilerParams(num_warps=warps, num_stages=3)
 
 
