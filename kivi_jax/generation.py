@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from jax import Array
 
 from kivi_jax.arguments import read_size, read_whole
 from kivi_jax.decoding import (
+    Decoding,
     begin_decoding,
     continue_decoding,
     init_state,
@@ -41,6 +43,7 @@ from kivi_jax.text import (
 # many times their tokens, and more than so many tokens.
 MOST_PADDED = 1.6
 FREE_TOKENS = 512
+PIECE_SECONDS = 0.25
 # Tokens between looks at the text, while stop strings can end a row or somebody reads along.
 STREAM_TOKENS = 8
 
@@ -276,7 +279,24 @@ def _stream(
         running_rows[batch.rows] = running
         decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running_rows))
         until = max_new_tokens if chunk is None else min(steps + chunk, max_new_tokens)
-        decoding = continue_decoding(params, decoding, end_tokens, sampler, jnp.int32(until))
+        decoding = _continue(params, decoding, end_tokens, sampler, until)
+
+
+def _continue(
+    params: Params, decoding: Decoding, end_tokens: Array, sampler: Sampler, until: int
+) -> Decoding:
+    """`continue_decoding` in pieces that take about `PIECE_SECONDS`: between them Python hears of Ctrl-C."""
+    steps, piece = int(decoding.steps), 1
+    while steps < until:
+        began = time.perf_counter()
+        goal = min(steps + piece, until)
+        decoding = continue_decoding(params, decoding, end_tokens, sampler, jnp.int32(goal))
+        steps = int(decoding.steps)
+        if steps < goal:  # all rows have ended
+            break
+        seconds = max(time.perf_counter() - began, 1e-9)
+        piece = max(min(int(piece * PIECE_SECONDS / seconds), 8 * piece), 1)
+    return decoding
 
 
 def _prefill_groups(

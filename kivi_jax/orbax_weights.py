@@ -1,6 +1,10 @@
 """A model's weights as an Orbax checkpoint, of which every device reads its own part."""
 
+import contextlib
 import json
+import logging
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,16 +24,47 @@ CHUNK_BYTES = 2**23
 
 
 def save_weights(folder: Path, weights: Mapping[str, Array]) -> None:
-    """Writes parameters, named by their paths, into a model's folder."""
+    """Writes parameters, named by their paths, into a model's folder.
+
+    Raises:
+        OSError: they can't be written, as where the disk is full.
+    """
     import orbax.checkpoint as ocp  # here and below: only converted checkpoints need the time that this takes
 
     save_args = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in weights}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            (folder / ORBAX_FOLDER).absolute(), ocp.args.PyTreeSave(dict(weights), save_args=save_args)
-        )
+    target = (folder / ORBAX_FOLDER).absolute()
+    size, free = sum(weight.nbytes for weight in weights.values()), shutil.disk_usage(folder).free
+    problem = (
+        f"the weights, up to {size >> 20} MiB, can't be written to {folder}, where {free >> 20} MiB are free"
+    )
+    if free < size / 2:  # more than compression saves; found out now and not after half an hour
+        raise OSError(problem)
+    try:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(target, ocp.args.PyTreeSave(dict(weights), save_args=save_args))
+    except (
+        Exception
+    ) as error:  # a ValueError with pages of context, whatever keeps its files from being written
+        raise OSError(f"{problem}: {_reason(error)}") from error
     shapes = {path: weight.shape for path, weight in weights.items()}
     (folder / SHAPES_FILE).write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax's threads print the traceback of an error that is raised all the same."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system said, from the end of all that Orbax and TensorStore say."""
+    found = re.search(r"(?:.*:)?\s*([^:]+) \[os_error_code", str(error))
+    return found[1] if found else " ".join(str(error).split())[:200]
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

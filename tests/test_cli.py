@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -258,3 +259,29 @@ def test_overflow_is_an_error(monkeypatch, options):
         line = json.loads(ended.stdout, parse_constant=pytest.fail)
         assert (line["tokens"], line["finish_reason"], line["logprobs"]) == ([], "error", [])
         assert line["error"] in ended.stderr
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**21))
+    ended = run("convert", "demo", str(tmp_path / "out"))
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith("error: the weights, up to 5 MiB, can't be written to ")
+    assert ended.stderr.endswith(", where 2 MiB are free\n")
+    assert len(ended.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_fails_on_the_way(tmp_path):
+    """No file may outgrow half a megabyte."""
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY)); "
+        "from kivi_jax.cli import app; app(['convert', 'demo', sys.argv[1]])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "out"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    *_, last = ended.stderr.splitlines()  # TensorStore may complain of an event loop before
+    assert last.startswith("error: the weights, up to 5 MiB, can't be written to ")
+    assert last.endswith(" MiB are free: File too large")
+    assert list(tmp_path.iterdir()) == []

@@ -181,6 +181,25 @@ def test_overflow_ends_its_row_with_an_error(tiny):
             assert second.error is None
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 1.0])
+def test_decoding_is_interrupted_soon(tiny, monkeypatch, seconds):
+    """A call into the compiled loop, in which Ctrl-C is not heard, makes the steps of a quarter of a second."""
+    expected = kivi_jax.generate(tiny, [[1, 2, 3]], max_new_tokens=200)
+    clock, made = [0.0], []
+
+    def recorder(params, decoding, end_tokens, sampler, until):
+        made.append(int(until) - int(decoding.steps))
+        clock[0] += seconds * made[-1]
+        return continue_decoding(params, decoding, end_tokens, sampler, until)
+
+    monkeypatch.setattr(generation, "continue_decoding", recorder)
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: clock[0])
+    assert kivi_jax.generate(tiny, [[1, 2, 3]], max_new_tokens=200) == expected
+    assert sum(made) == 199  # and one by the prefill
+    assert max(made) * seconds <= max(0.25, seconds)
+    assert len(made) <= 4 or seconds
+
+
 RAGGED = [[5, 6], [i % 101 for i in range(1, 700)], [7] * 100, [9], list(range(90, 0, -1)), [3, 2, 1]]
 
 
