@@ -73,7 +73,9 @@ def store_one(layer, k, v, lengths, counts):
     def flush(row, layer):
         length = lengths[row] + counts[row]
         due = (counts[row] > 0) & (length % residual == 0)
-        return jax.lax.cond(due, lambda layer: layer.flush(row, length), lambda layer: layer, layer)
+        return jax.lax.cond(
+            due, lambda layer: layer.flush(row[None], length[None]), lambda layer: layer, layer
+        )
 
     return jax.lax.fori_loop(0, lengths.size, flush, layer)
 
