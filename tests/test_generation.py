@@ -487,12 +487,13 @@ def test_rows_that_a_stop_string_ended_are_inactive(lettered, monkeypatch):
     stop = "".join(f" w{token}" for token in stopped.tokens[3:6])
     assert stop not in other.text
     continued = []
+    in_pieces = generation._continue
 
     def recorder(params, decoding, *arguments):
         continued.append(decoding.active.tolist())
-        return continue_decoding(params, decoding, *arguments)
+        return in_pieces(params, decoding, *arguments)
 
-    monkeypatch.setattr(kivi_jax.generation, "continue_decoding", recorder)
+    monkeypatch.setattr(generation, "_continue", recorder)
     first, second = kivi_jax.generate(lettered, prompts, max_new_tokens=40, stop=stop)
     assert (first.finish_reason, second.tokens) == ("stop", other.tokens)
     assert continued == [[True, True]] + [[False, True]] * 4  # after 1, 9, 17, 25 and 33 tokens
