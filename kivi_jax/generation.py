@@ -43,7 +43,7 @@ from kivi_jax.text import (
 # many times their tokens, and more than so many tokens.
 MOST_PADDED = 1.6
 FREE_TOKENS = 512
-PIECE_SECONDS = 0.25
+PIECE_SECONDS = 0.25  # of decoding, between which Ctrl-C is heard
 # Tokens between looks at the text, while stop strings can end a row or somebody reads along.
 STREAM_TOKENS = 8
 
@@ -391,7 +391,8 @@ def _groups(lengths: Sequence[int], whole: tuple[int, int]) -> list[tuple[int, i
 
     Every shape of a group has to be compiled once, and one group, `whole`, costs the least where it may be.
     """
-    affordable = max(MOST_PADDED * sum(lengths), FREE_TOKENS)
+    # The shortest are padded to a bucket of 16 in any case, and equals need no groups for it.
+    affordable = max(MOST_PADDED * sum(max(length, 16) for length in lengths), FREE_TOKENS)
     if math.prod(whole) <= affordable:
         return [whole]
     counts = Counter(_bucket(length, least=16) for length in lengths)

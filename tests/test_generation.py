@@ -242,6 +242,10 @@ def test_samples_and_streams_of_groups(tiny):
             assert sample.finish_reason == ("stop" if ended else "length")
 
 
+def test_short_prompts_of_one_length_are_one_group():
+    assert PromptBatch.pad([range(4)] * 200, max_new_tokens=10).groups == ((256, 16),)
+
+
 def test_groups_of_prompts():
     generator = np.random.default_rng(0)
     for _ in range(300):
