@@ -2,17 +2,19 @@
 
 from kivi_jax import kv
 from kivi_jax.checkpoint import CheckpointError
+from kivi_jax.completions import Completion
 from kivi_jax.conversion import convert
-from kivi_jax.decoding import decode_step, extend, init_state, prefill
 from kivi_jax.generation import generate, stream
 from kivi_jax.kv import KVConfig, KVState, kv_bytes
 from kivi_jax.loading import load
-from kivi_jax.models.registry import Params
-from kivi_jax.text import Completion
+from kivi_jax.model import Params
+from kivi_jax.request import GenerationSettings
+from kivi_jax.steps import decode_step, extend, init_state, prefill
 
 __all__ = [
     "CheckpointError",
     "Completion",
+    "GenerationSettings",
     "KVConfig",
     "KVState",
     "Params",

@@ -1,7 +1,9 @@
-"""Checks of numbers that callers pass."""
+"""Checks of numbers and flags that callers pass."""
 
 import operator
 from typing import Any, SupportsFloat
+
+import numpy as np
 
 
 def read_whole(name: str, value: Any, otherwise: str = "") -> int:
@@ -42,3 +44,14 @@ def read_number(name: str, value: Any, otherwise: str = "") -> float:
     except (TypeError, ValueError, OverflowError):  # of an array of several, or of a huge int
         pass
     raise ValueError(f"{name} must be a number{otherwise}, got {value!r}")
+
+
+def read_flag(name: str, value: Any) -> bool:
+    """`value` as a bool.
+
+    Raises:
+        ValueError: it is none; a number is not, which may have been meant for more than on or off.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(f"{name} must be True or False, got {value!r}")

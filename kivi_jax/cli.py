@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 import kivi_jax
 from kivi_jax.kv.config import find_kv
-from kivi_jax.sampling import make_sampler
 from kivi_jax.weights import unwatched
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -65,6 +64,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion.")] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the model's end tokens.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON for each completion when all are done.")
     ] = False,
@@ -89,31 +91,31 @@ def generate(
         fail("--chat-template needs --chat")
     if logprobs and not as_json:
         fail("--logprobs needs --json")
-    given: dict[str, Any] = {
+    sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    given = {name: value for name, value in given.items() if value is not None}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
     with one_line_errors():
-        # Found wrong before the weights are read.
+        # Found wrong before the weights are read; several samples may get their temperature from the model.
         find_kv(kv)
-        make_sampler(**{"temperature": 0.0} | given)
+        settings = kivi_jax.GenerationSettings(
+            max_new_tokens, seed=seed, stop=stop, logprobs=logprobs, ignore_eos=ignore_eos, **sampling
+        )
         params = kivi_jax.load(model, dtype=dtype, revision=revision, max_positions=max_positions)
+        if model_sampling:
+            settings = dataclasses.replace(settings, **params.sampling | sampling)
         steps: Iterator[Any] = kivi_jax.stream(
             params,
             [conversation(text, system) for text in prompt] if chat else prompt,
             kv,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
+            settings,
             n=samples,
-            stop=stop,
             chat_template=chat_template,
-            logprobs=logprobs,
             prefill_chunk=prefill_chunk,
-            **(params.sampling if model_sampling else {}) | given,
         )
         shown = [""] * len(prompt) if chat else prompt
         if len(prompt) == samples == 1 and not as_json:

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from kivi_jax import generation_config
 from kivi_jax.arguments import read_size
 from kivi_jax.checkpoint import CheckpointError, read_json
+from kivi_jax.model import Params
 from kivi_jax.models.fields import GREATEST_SIZE
-from kivi_jax.models.registry import FAMILIES, Params
+from kivi_jax.models.registry import FAMILIES
 from kivi_jax.models.sharding import tensor_parallel_mesh
 from kivi_jax.notices import warn_of_large_key_biases
 from kivi_jax.weights import nested, read_weights

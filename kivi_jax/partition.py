@@ -8,7 +8,7 @@ cannot partition. Between these calls the weights' shardings (`models/sharding.p
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +16,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from kivi_jax.kv.state import KVState, Layer, empty_state
+from kivi_jax.kv.layer import Layer
+from kivi_jax.kv.state import KVState, empty_state
 from kivi_jax.models.registry import Config
 from kivi_jax.models.sharding import DATA_AXIS, MODEL_AXIS
-from kivi_jax.pallas_kernels.alibi import Slopes
-
-
-class Heads(NamedTuple):
-    """The heads that a device attends.
-
-    Attributes:
-        alibi_slopes: of its query heads, if the model has such biases.
-        kv_heads: how many of the KV heads at hand its query heads read, from `first_kv_head` on; None for all.
-        first_kv_head: see `kv_heads`.
-    """
-
-    alibi_slopes: Slopes | None
-    kv_heads: int | None = None
-    first_kv_head: int | Array = 0
-
-    def of(self, x: Float[Array, "B T H D"]) -> Float[Array, "B T kv_heads D"]:
-        """Those of all KV heads at hand that the device reads."""
-        if self.kv_heads is None:
-            return x
-        return jax.lax.dynamic_slice_in_dim(x, self.first_kv_head, self.kv_heads, axis=2)
+from kivi_jax.pallas_kernels.heads import Heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,24 +44,6 @@ class Partition:
     kv_heads: str | None = None
     alibi_slopes: tuple[float, ...] | None = None
 
-    @classmethod
-    def of(cls, config: Config, mesh: Mesh | None, batch: int) -> "Partition":
-        if mesh is None:
-            return cls(None, alibi_slopes=config.alibi_slopes)
-        devices = mesh.shape[MODEL_AXIS]
-        shared = config.num_heads // config.num_kv_heads  # query heads that read one KV head
-        split_kv = config.num_kv_heads % devices == 0
-        split_queries = split_kv or (
-            config.num_heads % devices == 0 and shared % (config.num_heads // devices) == 0
-        )
-        return cls(
-            mesh,
-            DATA_AXIS if batch % mesh.shape.get(DATA_AXIS, batch + 1) == 0 else None,
-            MODEL_AXIS if split_queries else None,
-            MODEL_AXIS if split_kv else None,
-            config.alibi_slopes,
-        )
-
     @property
     def row_devices(self) -> int:
         """How many parts the batch is split into."""
@@ -89,28 +52,30 @@ class Partition:
     def attend(
         self,
         function: Callable[..., tuple[Array, Layer]],
+        per_row: tuple[Array, ...],
         q: Float[Array, "B T Hq D"],
         k: Float[Array, "B T H D"],
         v: Float[Array, "B T H D"],
         layer: Layer,
-        *per_row: Array,
     ) -> tuple[Float[Array, "B T Hq D"], Layer]:
-        """`function(heads, q, k, v, layer, *per_row)`, which attends and stores, on each device's part of them."""
-        if self.mesh is None:
-            return function(Heads(self.alibi_slopes), q, k, v, layer, *per_row)
+        """`function(q, k, v, layer, heads, *per_row)`, which attends and stores, on each device's part of them."""
         slopes = None if self.alibi_slopes is None else jnp.asarray(self.alibi_slopes, jnp.float32)
+        if self.mesh is None:
+            return function(q, k, v, layer, Heads(slopes), *per_row)
         shared = q.shape[2] // k.shape[2]
 
-        def on_device(slopes: Array | None, q: Array, *arguments: Any) -> tuple[Array, Layer]:
+        def on_device(
+            slopes: Array | None, q: Array, k: Array, v: Array, layer: Layer, *per_row: Array
+        ) -> tuple[Array, Layer]:
             heads = Heads(slopes)
             if self.query_heads != self.kv_heads:
                 first = jax.lax.axis_index(self.query_heads) * q.shape[2] // shared
                 heads = Heads(slopes, kv_heads=1, first_kv_head=first)
-            return function(heads, q, *arguments)
+            return function(q, k, v, layer, heads, *per_row)
 
         queries = PartitionSpec(self.rows, None, self.query_heads)
         keys = PartitionSpec(self.rows, None, self.kv_heads)
-        stored = PartitionSpec(self.rows, self.kv_heads)
+        stored = layer.partition_spec(self.rows, self.kv_heads)
         rows = [PartitionSpec(self.rows)] * len(per_row)
         return jax.shard_map(
             on_device,
@@ -124,7 +89,7 @@ class Partition:
         """`function(state, *per_row)` on each device's part of them."""
         if self.mesh is None:
             return function(state, *per_row)
-        specs = jax.tree.map(self._spec, state)
+        specs = state.partition_spec(self.rows, self.kv_heads)
         rows = [PartitionSpec(self.rows)] * len(per_row)
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=(specs, *rows), out_specs=specs, check_vma=False
@@ -137,15 +102,36 @@ class Partition:
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def shardings(self, tree: Any) -> Any:
-        """Where a KV state belongs on the mesh, scalars, and other arrays with a row for each of the batch."""
+        """Where KV states belong on the mesh, scalars, and other arrays with a row for each of the batch."""
         mesh = self.mesh
         assert mesh is not None
-        return jax.tree.map(lambda leaf: NamedSharding(mesh, self._spec(leaf)), tree)
 
-    def _spec(self, leaf: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
-        """Only keys and values `[B, H, ...]` have four axes."""
-        axes = (self.rows, self.kv_heads) if leaf.ndim == 4 else (self.rows,)
-        return PartitionSpec(*axes[: leaf.ndim])
+        def sharding(node: Any) -> Any:
+            if isinstance(node, KVState):
+                specs = node.partition_spec(self.rows, self.kv_heads)
+                return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+            return NamedSharding(mesh, PartitionSpec(*[self.rows][: node.ndim]))
+
+        return jax.tree.map(sharding, tree, is_leaf=lambda node: isinstance(node, KVState))
+
+
+def make_partition(config: Config, mesh: Mesh | None, batch: int) -> Partition:
+    """The partition for a batch of this size."""
+    if mesh is None:
+        return Partition(None, alibi_slopes=config.alibi_slopes)
+    devices = mesh.shape[MODEL_AXIS]
+    shared = config.num_heads // config.num_kv_heads  # query heads that read one KV head
+    split_kv = config.num_kv_heads % devices == 0
+    split_queries = split_kv or (
+        config.num_heads % devices == 0 and shared % (config.num_heads // devices) == 0
+    )
+    return Partition(
+        mesh,
+        DATA_AXIS if batch % mesh.shape.get(DATA_AXIS, batch + 1) == 0 else None,
+        MODEL_AXIS if split_queries else None,
+        MODEL_AXIS if split_kv else None,
+        config.alibi_slopes,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=range(9))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.arguments import read_number, read_size
 from kivi_jax.promotion import with_usual_promotion
+from kivi_jax.request import GenerationSettings
 
 LEAST_TEMPERATURE = 1e-6  # as good as greedy; much less and float32 logits overflow
 
@@ -21,11 +21,13 @@ LEAST_TEMPERATURE = 1e-6  # as good as greedy; much less and float32 logits over
 class Greedy:
     """The most likely token, of equals the one with the lowest id, after the `repetition_penalty` (see `penalize`)."""
 
-    repetition_penalty: Any = None
+    repetition_penalty: Float[Array, ""] | None = None
+
+    __no_type_check__ = True  # for JAX, whose trees hold anything in the places of arrays
 
     @with_usual_promotion
     def __call__(
-        self, logits: Float[Array, "B vocab"], keys: Any, seen: Bool[Array, "B vocab"] | None = None
+        self, logits: Float[Array, "B vocab"], rngs: Any, seen: Bool[Array, "B vocab"] | None = None
     ) -> Int[Array, " B"]:
         return jnp.argmax(penalize(logits, seen, self.repetition_penalty), axis=-1).astype(jnp.int32)
 
@@ -36,7 +38,7 @@ class Greedy:
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class Random:
+class Categorical:
     """A token drawn from a distribution that is shaped in this order, which is transformers':
 
     - the `repetition_penalty` (see `penalize`);
@@ -50,17 +52,19 @@ class Random:
     compiled program; only whether they are None is.
     """
 
-    temperature: Any
-    top_k: Any = None
-    top_p: Any = None
-    min_p: Any = None
-    repetition_penalty: Any = None
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""] | None = None
+    top_p: Float[Array, ""] | None = None
+    min_p: Float[Array, ""] | None = None
+    repetition_penalty: Float[Array, ""] | None = None
+
+    __no_type_check__ = True  # for JAX, whose trees hold anything in the places of arrays
 
     @with_usual_promotion
     def __call__(
-        self, logits: Float[Array, "B vocab"], keys: Any, seen: Bool[Array, "B vocab"] | None = None
+        self, logits: Float[Array, "B vocab"], rngs: Any, seen: Bool[Array, "B vocab"] | None = None
     ) -> Int[Array, " B"]:
-        return jax.vmap(jax.random.categorical)(keys, self.scores(logits, seen)).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(rngs, self.scores(logits, seen)).astype(jnp.int32)
 
     @with_usual_promotion
     def scores(
@@ -82,11 +86,11 @@ class Random:
         if self.top_k is not None:
             top_k = jnp.minimum(self.top_k, logits.shape[-1])
             least = _largest(ranks, lambda kept: kept.sum(axis=-1, keepdims=True) >= top_k)
-        if self.top_p is not None:
+        if (top_p := self.top_p) is not None:
             probabilities = jax.nn.softmax(jnp.where(logits < least, -jnp.inf, logits), axis=-1)
             reaching = _largest(
                 ranks,
-                lambda kept: jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= self.top_p,
+                lambda kept: jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= top_p,
             )
             least = jnp.maximum(least, reaching)
         return least
@@ -116,11 +120,11 @@ def _flip_negatives(bits: Int[Array, "B n"]) -> Int[Array, "B n"]:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-Sampler = Greedy | Random
+Sampler = Greedy | Categorical
 
 
 def penalize(
-    logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None, penalty: Any
+    logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None, penalty: Float[Array, ""] | None
 ) -> Float[Array, "B vocab"]:
     """Logits of the tokens that a row has `seen` divided by `penalty` where positive and multiplied by it where not
     (Keskar et al. 2019); with a penalty of None, just the logits.
@@ -131,39 +135,16 @@ def penalize(
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def make_sampler(
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-) -> Sampler:
-    """The sampler for these settings; temperature 0 is greedy.
-
-    Raises:
-        ValueError: temperature < 0, top_k < 1, top_p outside (0, 1], min_p outside [0, 1], repetition_penalty <= 0, or
-            one that is no number.
-    """
-    temperature = read_number("temperature", temperature)
-    repetition_penalty = read_number("repetition_penalty", repetition_penalty)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k is not None:
-        top_k = read_size("top_k", top_k, ", or None for all tokens")
-    if top_p is not None and not 0 < (top_p := read_number("top_p", top_p, ", or None for 1")) <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if min_p is not None and not 0 <= (min_p := read_number("min_p", min_p, ", or None for 0")) <= 1:
-        raise ValueError(f"min_p must be in [0, 1], got {min_p}")
-    if not 0 < repetition_penalty < float("inf"):
-        raise ValueError(f"repetition_penalty must be positive, and 1 for none, got {repetition_penalty}")
-    penalty = None if repetition_penalty == 1 else jnp.float32(repetition_penalty)
-    if temperature == 0:
+def make_sampler(settings: GenerationSettings) -> Sampler:
+    """The sampler for these settings; temperature 0 is greedy."""
+    penalty = None if settings.repetition_penalty == 1 else jnp.float32(settings.repetition_penalty)
+    if settings.temperature == 0:
         return Greedy(penalty)
-    return Random(
-        jnp.float32(max(temperature, LEAST_TEMPERATURE)),
+    return Categorical(
+        jnp.float32(max(settings.temperature, LEAST_TEMPERATURE)),
         # Settings that cut nothing are left out: summed up in float32, 1 can be reached too early.
-        None if top_k is None else jnp.int32(min(top_k, 2**31 - 1)),
-        None if top_p in (None, 1) else jnp.float32(top_p),
-        None if min_p in (None, 0) else jnp.float32(min_p),
+        None if settings.top_k is None else jnp.int32(min(settings.top_k, 2**31 - 1)),
+        None if settings.top_p in (None, 1) else jnp.float32(settings.top_p),
+        None if settings.min_p in (None, 0) else jnp.float32(settings.min_p),
         penalty,
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from kivi_jax import KVState
 from kivi_jax.kv.state import empty_state
+from kivi_jax.pallas_kernels.heads import Heads
 from tests.dequantized import decode_state
 
 # Rounding of the queries' and the probabilities' products with scales to bfloat16 leaves about 3e-6.
@@ -62,12 +63,14 @@ def check(
     dtype=jnp.bfloat16,
     nmse=NMSE,
 ):
-    """`decode_attention(q, k, v, layer, lengths, slopes)` for random queries, row by row."""
+    """`decode_attention(q, k, v, layer, lengths, heads)` for random queries, row by row."""
     layer, state = stored(config, heads, head_dim, lengths, capacity, sliding_window, dtype)
     generator = np.random.default_rng(1)
     q = jnp.asarray(generator.standard_normal((len(lengths), query_heads, head_dim)), dtype)
     k, v = jnp.asarray(generator.standard_normal((2, len(lengths), heads, head_dim)), dtype)
-    out = jax.jit(lambda *args: decode_attention(*args, slopes))(q, k, v, layer, state.lengths)
+    out = jax.jit(decode_attention)(q[:, None], k[:, None], v[:, None], layer, state.lengths, Heads(slopes))[
+        :, 0
+    ]
     assert out.dtype == dtype
     expected = oracle(q, k, v, state, sliding_window, slopes)
     _compare(out, expected, [f"row of {length} tokens" for length in lengths], nmse)
@@ -83,8 +86,8 @@ def check_some_kv_heads(decode_attention: Callable, config):
 
     @jax.jit
     def attend(q, first):
-        own = (jax.lax.dynamic_slice_in_dim(x, first, 2, axis=1) for x in (k, v))
-        return decode_attention(q, *own, layer, state.lengths, first_kv_head=first)
+        heads = Heads(kv_heads=2, first_kv_head=first)
+        return decode_attention(q[:, None], k[:, None], v[:, None], layer, state.lengths, heads)[:, 0]
 
     for first in (0, 2, 6):
         heads = slice(2 * first, 2 * first + 4)

@@ -15,10 +15,11 @@ from abstract_models import abstract_decoding, abstract_params
 from kivi_jax import KVConfig
 from kivi_jax.decoding import decode_step
 from kivi_jax.kv import kv_bytes
+from kivi_jax.model import Params
 from kivi_jax.models.falcon import FalconConfig
 from kivi_jax.models.llama import LlamaConfig
-from kivi_jax.models.registry import Params, abstract_model
-from kivi_jax.partition import Partition
+from kivi_jax.models.registry import abstract_model
+from kivi_jax.partition import make_partition
 from kivi_jax.weights import abstract_weights, flat, nested
 from mesh_report import collectives, compile_decode_loop
 
@@ -99,7 +100,7 @@ def run(params: Params, kv, lengths) -> tuple[np.ndarray, kivi_jax.KVState]:
     ],
 )
 def test_what_is_split(heads, mesh, batch, split):
-    partition = Partition.of(llama(*heads)[1], mesh, batch)
+    partition = make_partition(llama(*heads)[1], mesh, batch)
     assert (partition.rows, partition.query_heads, partition.kv_heads) == split
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import kivi_jax
-from kivi_jax import KVConfig, generation
-from kivi_jax.decoding import continue_decoding, insert_prompts, start_decoding
-from kivi_jax.generation import PromptBatch, _bucket, _random_key
+from kivi_jax import KVConfig, loop
+from kivi_jax.batching import PromptBatch, bucket
+from kivi_jax.decoding import continue_decoding, start_decoding
+from kivi_jax.loop import random_key
 from kivi_jax.sampling import Greedy
+from kivi_jax.steps import insert_prompts
 from tests.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -98,7 +100,7 @@ def test_samples_repeat_with_their_seed_and_do_not_depend_on_neighbours(tiny):
     assert kivi_jax.generate(tiny, PROMPTS, "bf16", seed=1, **SAMPLED) == first
     assert kivi_jax.generate(tiny, PROMPTS, "bf16", seed=2, **SAMPLED) != first
     assert kivi_jax.generate(tiny, PROMPTS[:1], "bf16", seed=1, **SAMPLED) == first[:1]
-    *_, streamed = kivi_jax.stream(tiny, PROMPTS, "bf16", seed=1, chunk=3, **SAMPLED)
+    *_, streamed = kivi_jax.stream(tiny, PROMPTS, "bf16", seed=1, every=3, **SAMPLED)
     assert streamed == first
     same = kivi_jax.generate(tiny, [[4, 5]] * 3, "bf16", seed=1, **SAMPLED)
     assert same[0] != same[1]
@@ -126,7 +128,7 @@ def test_n_samples_do_not_depend_on_neighbours_nor_on_n(tiny):
     assert alone == results[0]
     (fewer,) = kivi_jax.generate(tiny, PROMPTS[:1], "bf16", n=2, seed=1, **SAMPLED)
     assert fewer == alone[:2]
-    steps = list(kivi_jax.stream(tiny, PROMPTS[:1], "bf16", n=3, seed=1, chunk=8, **SAMPLED))
+    steps = list(kivi_jax.stream(tiny, PROMPTS[:1], "bf16", n=3, seed=1, every=8, **SAMPLED))
     assert steps[-1] == [alone]
     assert [len(step[0][2].tokens) for step in steps] == [9, 17, 20]
 
@@ -192,8 +194,8 @@ def test_decoding_is_interrupted_soon(tiny, monkeypatch, seconds):
         clock[0] += seconds * made[-1]
         return continue_decoding(params, decoding, end_tokens, sampler, until)
 
-    monkeypatch.setattr(generation, "continue_decoding", recorder)
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(loop, "continue_decoding", recorder)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
     assert kivi_jax.generate(tiny, [[1, 2, 3]], max_new_tokens=200) == expected
     assert sum(made) == 199  # and one by the prefill
     assert max(made) * seconds <= max(0.25, seconds)
@@ -213,7 +215,7 @@ def test_prompts_of_unlike_lengths_are_prefilled_in_groups(tiny, monkeypatch, kv
         run.append(tokens.size)
         return insert_prompts(params, tokens, lengths, *args)
 
-    monkeypatch.setattr(generation, "insert_prompts", recorder)
+    monkeypatch.setattr(loop, "insert_prompts", recorder)
     settings = {"max_new_tokens": 12, "prefill_chunk": prefill_chunk, "repetition_penalty": 1.2}
     together = kivi_jax.generate(tiny, RAGGED, kv, **settings)
     assert len(run) > 1
@@ -234,7 +236,7 @@ def test_samples_and_streams_of_groups(tiny):
             np.testing.assert_allclose(sample.logprobs, expected.logprobs, atol=1e-4)
     end = together[0][0].tokens[4]
     params = dataclasses.replace(tiny, end_tokens=(end,))
-    *_, streamed = kivi_jax.stream(params, RAGGED, "bf16", chunk=3, **settings)
+    *_, streamed = kivi_jax.stream(params, RAGGED, "bf16", every=3, **settings)
     for samples, before in zip(streamed, together, strict=True):
         for sample, unended in zip(samples, before, strict=True):
             ended = end in unended.tokens
@@ -256,7 +258,7 @@ def test_groups_of_prompts():
         assert work <= max(1.6 * sum(lengths), 512)
         if len(batch.groups) > 1:
             assert sum(rows for rows, _ in batch.groups) == count
-        assert all(_bucket(rows) == rows and _bucket(width) == width for rows, width in batch.groups)
+        assert all(bucket(rows) == rows and bucket(width) == width for rows, width in batch.groups)
         # Every prompt is there, in a group as wide as it needs.
         widths = [width for rows, width in batch.groups for _ in range(rows)]
         for row, place in enumerate(batch.places[:count]):
@@ -294,7 +296,7 @@ def test_logprobs_are_the_models_own(tiny):
 
 def test_stream_grows_into_the_result(lettered):
     expected = kivi_jax.generate(lettered, ["w1 w2", "w3"], max_new_tokens=20)
-    steps = list(kivi_jax.stream(lettered, ["w1 w2", "w3"], max_new_tokens=20, chunk=6))
+    steps = list(kivi_jax.stream(lettered, ["w1 w2", "w3"], max_new_tokens=20, every=6))
     assert steps[-1] == expected
     assert [len(step[0].tokens) for step in steps] == [7, 13, 19, 20]
     for step in steps[:-1]:
@@ -324,13 +326,13 @@ def test_16_bit_models_follow_float32_ones(tmp_path, kv, dtype):
 
 
 @pytest.mark.parametrize(
-    ("chunk", "message"),
+    ("every", "message"),
     [(0, "at least 1"), (-3, "at least 1"), (2.5, "a whole number"), ("8", "a whole number")],
 )
-def test_chunks_are_positive(tiny, chunk, message, monkeypatch):
+def test_steps_of_a_stream_are_positive(tiny, every, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
-    with pytest.raises(ValueError, match=f"chunk must be {message}, or None for the end result only"):
-        kivi_jax.stream(tiny, [[1]], chunk=chunk)
+    with pytest.raises(ValueError, match=f"every must be {message}, or None for the end result only"):
+        kivi_jax.stream(tiny, [[1]], every=every)
 
 
 @pytest.mark.parametrize(("batch", "capacity"), [(0, 8), (1, 0), (1, 8.0), (True, 8), (1, None)])
@@ -361,7 +363,7 @@ def test_all_bits_of_a_seed_count(tiny):
     samples = [kivi_jax.generate(tiny, [[1]], seed=seed, **SAMPLED)[0].tokens for seed in seeds]
     assert len(set(map(tuple, samples))) == len(seeds)
     for seed in (0, 5, 2**31 - 1):  # these are just JAX's
-        assert _random_key(seed) == jax.random.key(seed)
+        assert random_key(seed) == jax.random.key(seed)
 
 
 def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
@@ -445,10 +447,10 @@ def test_new_settings_do_not_compile(tiny):
 
 
 def test_buckets():
-    buckets = sorted({_bucket(size) for size in range(1, 100)})
+    buckets = sorted({bucket(size) for size in range(1, 100)})
     assert buckets == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
-    assert all(size <= _bucket(size, least=16) < max(1.5 * size + 1, 17) for size in range(1, 3000))
-    assert np.all(np.diff([_bucket(size, least=16) for size in range(1, 3000)]) >= 0)
+    assert all(size <= bucket(size, least=16) < max(1.5 * size + 1, 17) for size in range(1, 3000))
+    assert np.all(np.diff([bucket(size, least=16) for size in range(1, 3000)]) >= 0)
 
 
 def test_prompts_in_chunks_complete_alike(tiny):
@@ -491,13 +493,13 @@ def test_rows_that_a_stop_string_ended_are_inactive(lettered, monkeypatch):
     stop = "".join(f" w{token}" for token in stopped.tokens[3:6])
     assert stop not in other.text
     continued = []
-    in_pieces = generation._continue
+    in_pieces = loop._continue
 
     def recorder(params, decoding, *arguments):
         continued.append(decoding.active.tolist())
         return in_pieces(params, decoding, *arguments)
 
-    monkeypatch.setattr(generation, "_continue", recorder)
+    monkeypatch.setattr(loop, "_continue", recorder)
     first, second = kivi_jax.generate(lettered, prompts, max_new_tokens=40, stop=stop)
     assert (first.finish_reason, second.tokens) == ("stop", other.tokens)
     assert continued == [[True, True]] + [[False, True]] * 4  # after 1, 9, 17, 25 and 33 tokens

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 import kivi_jax
 from kivi_jax.kv import dequantize_keys, dequantize_values, quantize_keys, quantize_values
-from kivi_jax.models.registry import Params
+from kivi_jax.model import Params
+from kivi_jax.request import GenerationSettings
 from kivi_jax.sampling import make_sampler
 from tests.checkpoints import write_checkpoint
 
@@ -65,7 +66,8 @@ def by_hand(params: Params) -> list[jax.Array]:
     results.append(logits)
     logits, state = kivi_jax.decode_step(params, jnp.array([1, 2], jnp.int32), state)
     keys = jax.random.split(jax.random.key(0), 2)
-    return [*results, logits, *(make_sampler(t, top_k=5, top_p=0.5)(logits, keys) for t in (0.0, 0.5))]
+    samplers = (make_sampler(GenerationSettings(temperature=t, top_k=5, top_p=0.5)) for t in (0.0, 0.5))
+    return [*results, logits, *(sampler(logits, keys) for sampler in samplers)]
 
 
 def codes_and_back(_: Params) -> list[jax.Array]:

@@ -4,7 +4,12 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from kivi_jax.sampling import make_sampler
+from kivi_jax.request import GenerationSettings
+from kivi_jax.sampling import Sampler, make_sampler
+
+
+def of(temperature, top_k=None, top_p=None, **settings) -> Sampler:
+    return make_sampler(GenerationSettings(temperature=temperature, top_k=top_k, top_p=top_p, **settings))
 
 
 def draw(sampler, logits, draws):
@@ -13,17 +18,17 @@ def draw(sampler, logits, draws):
 
 
 def test_greedy_takes_the_first_of_the_most_likely():
-    assert draw(make_sampler(0.0), [0.0, 3.0, 3.0, 1.0], 2).tolist() == [1, 1]
+    assert draw(of(0.0), [0.0, 3.0, 3.0, 1.0], 2).tolist() == [1, 1]
 
 
 def test_tiny_temperatures_are_greedy():
-    assert draw(make_sampler(1e-40), [0.0, 3.0, 2.0], 4).tolist() == [1] * 4
-    assert draw(make_sampler(1e-40, top_k=10**12, top_p=0.9), [0.0, 3.0, 2.0], 4).tolist() == [1] * 4
+    assert draw(of(1e-40), [0.0, 3.0, 2.0], 4).tolist() == [1] * 4
+    assert draw(of(1e-40, top_k=10**12, top_p=0.9), [0.0, 3.0, 2.0], 4).tolist() == [1] * 4
 
 
 def test_temperature_follows_the_softmax():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
-    counts = np.bincount(draw(make_sampler(2.0), logits, 20000), minlength=4) / 20000
+    counts = np.bincount(draw(of(2.0), logits, 20000), minlength=4) / 20000
     expected = np.exp(logits / 2) / np.exp(logits / 2).sum()
     np.testing.assert_allclose(counts, expected, atol=0.015)
 
@@ -44,7 +49,7 @@ def test_temperature_follows_the_softmax():
 )
 def test_cuts_keep_exactly_the_likeliest(top_k, top_p, kept):
     logits = np.log([0.15, 0.3, 0.05, 0.5])
-    draws = draw(make_sampler(1.0, top_k, top_p), logits, 4000)
+    draws = draw(of(1.0, top_k, top_p), logits, 4000)
     assert set(draws.tolist()) == kept
 
 
@@ -88,7 +93,7 @@ def test_distribution_is_that_of_transformers(settings):
     generator = np.random.default_rng(0)
     logits = 3 * generator.standard_normal((16, 300)).astype(np.float32)
     seen = generator.random(logits.shape) < 0.2
-    scores = np.asarray(make_sampler(**settings).scores(jnp.asarray(logits), jnp.asarray(seen)))
+    scores = np.asarray(of(**settings).scores(jnp.asarray(logits), jnp.asarray(seen)))
     expected = np.stack([transformers_scores(*row, **settings) for row in zip(logits, seen, strict=True)])
     assert np.isneginf(expected).any()
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
@@ -109,7 +114,7 @@ def test_distribution_is_that_of_transformers(settings):
 )
 def test_equally_likely_tokens_are_cut_together(settings, kept):
     logits = jnp.log(jnp.asarray([[0.02, 0.245, 0.245, 0.49]]))
-    (scores,) = make_sampler(1.0, **settings).scores(logits)
+    (scores,) = of(1.0, **settings).scores(logits)
     assert set(np.flatnonzero(np.isfinite(scores)).tolist()) == kept
 
 
@@ -153,28 +158,28 @@ def test_cuts_are_those_of_a_sort(kind, top_k, top_p):
             logits[:] = -2.5
         case "wide":
             logits *= 1e36
-    scores = np.asarray(make_sampler(1.0, top_k, top_p).scores(jnp.asarray(logits)))
+    scores = np.asarray(of(1.0, top_k, top_p).scores(jnp.asarray(logits)))
     kept = np.stack([sorted_cut(row, top_k, top_p) for row in logits])
     np.testing.assert_array_equal(scores, np.where(kept, logits, -np.inf))
 
 
 def test_the_smallest_top_p_keeps_the_most_likely_token():
     for top_p in (1e-30, 1e-40, 5e-324):
-        assert draw(make_sampler(1.0, top_p=top_p), [0.0, 3.0, 2.0], 8).tolist() == [1] * 8
+        assert draw(of(1.0, top_p=top_p), [0.0, 3.0, 2.0], 8).tolist() == [1] * 8
 
 
 def test_samples_follow_the_cut_distribution():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
-    counts = np.bincount(draw(make_sampler(1.0, min_p=0.3), logits, 20000), minlength=4) / 20000
+    counts = np.bincount(draw(of(1.0, min_p=0.3), logits, 20000), minlength=4) / 20000
     np.testing.assert_allclose(counts, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=0.015)
 
 
 def test_penalty_also_moves_the_greedy_choice():
     logits = jnp.asarray([[2.0, 3.0, -1.0], [-2.0, -3.0, -1.5]])
     seen = jnp.asarray([[False, True, False], [False, False, True]])
-    assert make_sampler(0.0)(logits, None, seen).tolist() == [1, 2]
-    assert make_sampler(0.0, repetition_penalty=2.0)(logits, None, seen).tolist() == [0, 0]
-    assert make_sampler(0.0, repetition_penalty=0.5)(logits, None, seen).tolist() == [1, 2]
+    assert of(0.0)(logits, None, seen).tolist() == [1, 2]
+    assert of(0.0, repetition_penalty=2.0)(logits, None, seen).tolist() == [0, 0]
+    assert of(0.0, repetition_penalty=0.5)(logits, None, seen).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -205,4 +210,4 @@ def test_penalty_also_moves_the_greedy_choice():
 def test_settings_out_of_range_are_refused(settings, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
     with pytest.raises(ValueError, match=message):
-        make_sampler(**settings)
+        of(**settings)

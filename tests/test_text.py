@@ -15,9 +15,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import kivi_jax
+from kivi_jax.completions import CompletionReader
 from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.loading import DEMO_FOLDER
-from kivi_jax.text import CompletionReader, encode, load_tokenizer
+from kivi_jax.text import encode, load_tokenizer
 from tests.checkpoints import TINY, random_tensors, write_checkpoint
 from tests.fallback_tokenizer import PIECES, beyond, byte_fallback, byte_tokens, fallback_text
 
@@ -88,7 +89,7 @@ def test_stream_never_shows_what_a_stop_string_takes_back(lettered):
     assert whole.count(stop) == 1
     expected = whole.split(stop)[0]
     shown = [
-        step[0].text for step in kivi_jax.stream(lettered, ["w1"], max_new_tokens=30, stop=stop, chunk=1)
+        step[0].text for step in kivi_jax.stream(lettered, ["w1"], max_new_tokens=30, stop=stop, every=1)
     ]
     assert shown[-1] == expected
     assert all(expected.startswith(text) for text in shown)
@@ -204,13 +205,13 @@ def test_a_character_that_begins_in_the_prompt_is_the_completions(emoji, inside)
 
 def test_half_a_character_takes_nothing_back(emoji):
     prompt = [byte_tokens("글")]
-    shown = [step[0].text for step in kivi_jax.stream(emoji, prompt, max_new_tokens=20, chunk=1)]
+    shown = [step[0].text for step in kivi_jax.stream(emoji, prompt, max_new_tokens=20, every=1)]
     growing = ["", *["한"] * 3, *["한말"] * 4, *["한말🙂"] * 2, *["한말🙂é"] * 2]
     assert shown == growing
     for count in range(1, 13):
         (cut,) = kivi_jax.generate(emoji, prompt, max_new_tokens=count)
         assert (cut.text, cut.finish_reason) == (fallback_text(byte_tokens("한말🙂é")[:count]), "length")
-    for settings in ({"chunk": 1}, {"chunk": 8}, {"max_new_tokens": 7}, {"max_new_tokens": 6}):
+    for settings in ({"every": 1}, {"every": 8}, {"max_new_tokens": 7}, {"max_new_tokens": 6}):
         *_, (stopped,) = kivi_jax.stream(emoji, prompt, stop="말", **({"max_new_tokens": 20} | settings))
         assert (stopped.text, len(stopped.tokens), stopped.finish_reason) == ("한", 6, "stop")
 
@@ -221,8 +222,8 @@ def test_logprobs_stay_aligned_where_completions_are_cut(lettered):
     stop = whole.text[20:26]
     ended = dataclasses.replace(lettered, end_tokens=(whole.tokens[10],))
     for steps in (
-        list(kivi_jax.stream(lettered, "w1", max_new_tokens=30, logprobs=True, stop=stop, chunk=4)),
-        list(kivi_jax.stream(ended, "w1", max_new_tokens=30, logprobs=True, chunk=4)),
+        list(kivi_jax.stream(lettered, "w1", max_new_tokens=30, logprobs=True, stop=stop, every=4)),
+        list(kivi_jax.stream(ended, "w1", max_new_tokens=30, logprobs=True, every=4)),
     ):
         assert steps[-1][0].finish_reason == "stop"
         for (completion,) in steps:
@@ -270,7 +271,7 @@ def test_conversation_is_answered(chatty):
     # A text of its own: no space before its first word, and nothing of the prompt.
     assert answer.text == " ".join(f"w{token}" for token in expected if token > 4)
     assert kivi_jax.generate(chatty, [MESSAGES], max_new_tokens=20) == [answer]
-    steps = [completion for (completion,) in kivi_jax.stream(chatty, MESSAGES, max_new_tokens=20, chunk=5)]
+    steps = [completion for (completion,) in kivi_jax.stream(chatty, MESSAGES, max_new_tokens=20, every=5)]
     assert steps[-1] == answer
     assert all(answer.text.startswith(step.text) for step in steps)
     samples = kivi_jax.generate(chatty, MESSAGES, max_new_tokens=20, temperature=1.0, n=2)

@@ -6,22 +6,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from kivi_jax.kv.quantize import Quantized
 
 TILE_ROWS, TILE_LANES = 8, 128
 
 
-def newest_in_ring(lengths: Int[Array, " B"], size: int) -> Int[Array, "B size"]:
-    """What a ring holds after `lengths` entries, entry i in slot i % size: each slot's entry, negative where none."""
-    last = lengths[:, None] - 1
-    return last - (last - jnp.arange(size)) % size
-
-
 def finite(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """0 for what is no number. Masked places are multiplied by zero, which an infinity or a NaN there would survive."""
     return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def once_computed(mask: Bool[Array, " B"], computed: Num[Array, "B ..."]) -> Bool[Array, " B"]:
+    """`mask`, but known only once `computed` is: XLA updates an array in place only after reads that the update
+    depends on, and copies it for the others.
+
+    The dependency has to survive simplification, so rows where `computed` is not a number are left out.
+    """
+    first = computed.reshape(computed.shape[0], -1)[:, 0].astype(jnp.float32)
+    return mask & (first == first)
 
 
 def take_tokens(x: Float[Array, "B H S D"], at: Int[Array, "B T"]) -> Float[Array, "B H T D"]:

@@ -2,27 +2,34 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.kv.buffers import newest_in_ring, set_tokens, take_tokens, write
+from kivi_jax.kv.buffers import set_tokens, take_tokens, write
+from kivi_jax.kv.layer import Layer, Region
+from kivi_jax.kv.rings import entries_in, entry_in, slot_of
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=["sliding_window"])
 @dataclasses.dataclass(frozen=True)
-class DenseLayer:
+class DenseLayer(Layer):
     """Keys and values in the activation dtype, `[B, H, S, D]`, token t in slot t % S.
 
     S is the state's capacity, or the layer's sliding window where that is less.
     """
 
-    k: Any
-    v: Any
+    k: Float[Array, "B H S D"]
+    v: Float[Array, "B H S D"]
     sliding_window: int | None = None
+
+    packed: ClassVar[bool] = False
+    flush_every: ClassVar[int | None] = None
+    __no_type_check__ = True  # for JAX, whose trees hold shapes and shardings in the places of arrays
 
     @classmethod
     def empty(
@@ -53,10 +60,9 @@ class DenseLayer:
         lengths: Int[Array, " N"],
         row: int | Array = 0,
     ) -> "DenseLayer":
-        """Stores prompts in the N rows from `row` on."""
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if k.shape[2] > self.slots:
-            newest = newest_in_ring(lengths, self.slots)
+            newest = entries_in(lengths, self.slots)
             k, v = take_tokens(k, newest), take_tokens(v, newest)
         return dataclasses.replace(
             self,
@@ -71,7 +77,7 @@ class DenseLayer:
         lengths: Int[Array, " B"],
         active: Bool[Array, " B"],
     ) -> "DenseLayer":
-        at = lengths % self.slots
+        at = slot_of(lengths, self.slots)
         return dataclasses.replace(
             self, k=set_tokens(self.k, k, at, active), v=set_tokens(self.v, v, at, active)
         )
@@ -86,9 +92,22 @@ class DenseLayer:
         rows, tokens = jnp.arange(lengths.size)[:, None], jnp.arange(k.shape[1])
         # Of tokens that would share a slot only the newest is written.
         kept = (tokens < counts[:, None]) & (tokens >= counts[:, None] - self.slots)
-        at = jnp.where(kept, (lengths[:, None] + tokens) % self.slots, self.slots)
+        at = jnp.where(kept, slot_of(lengths[:, None] + tokens, self.slots), self.slots)
         return dataclasses.replace(
             self,
             k=self.k.at[rows, :, at].set(k, mode="drop"),
             v=self.v.at[rows, :, at].set(v, mode="drop"),
         )
+
+    def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "DenseLayer":
+        return self
+
+    def regions(
+        self, lengths: Int[Array, " B"], of_heads: Callable[[Array], Array] = lambda x: x
+    ) -> tuple[Region, ...]:
+        def read(start: int | Array, count: int) -> tuple[Array, Array, Array]:
+            tokens = entry_in(start + jnp.arange(count), lengths[:, None], self.slots)
+            k, v = (of_heads(jax.lax.dynamic_slice_in_dim(x, start, count, axis=2)) for x in (self.k, self.v))
+            return tokens, k, v
+
+        return (Region(self.slots, jnp.minimum(lengths.max(), self.slots), read),)

@@ -13,15 +13,15 @@ from the packed blocks for t < L - R and from the ring, where they are exact, af
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int32
 
 from kivi_jax.kv.buffers import (
-    newest_in_ring,
     read_blocks,
     set_ring_tokens,
     take_rows,
@@ -33,14 +33,17 @@ from kivi_jax.kv.buffers import (
     write_rows,
 )
 from kivi_jax.kv.config import KVConfig
+from kivi_jax.kv.layer import Layer, Region
 from kivi_jax.kv.quantize import (
     KEY_TOKEN_AXES,
     VALUE_TOKEN_AXES,
     Quantized,
     dequantize_keys,
+    dequantize_values,
     quantize_keys,
     quantize_values,
 )
+from kivi_jax.kv.rings import entries_in, entry_in, slot_of
 
 
 @functools.partial(
@@ -60,25 +63,28 @@ from kivi_jax.kv.quantize import (
     meta_fields=["config", "sliding_window"],
 )
 @dataclasses.dataclass(frozen=True)
-class QuantizedLayer:
-    """Packed keys and values of one layer (see `Quantized`), the rings `[B, H, R, D]` of its newest tokens, and its
-    sinks `[B, H, sink_tokens, D]`, None if there are none.
+class QuantizedLayer(Layer):
+    """Packed keys and values of one layer, in N blocks of R tokens, the rings of its newest R tokens, and its sinks.
 
-    With a sliding window, the packed blocks are a ring too: as many as the window can reach into, however long the row.
+    Where two word rows share one of 128 words (see `quantize`), the codes' last two axes say so. With a sliding window,
+    the packed blocks are a ring too: as many as the window can reach into, however long the row.
     """
 
-    k_codes: Any
-    k_scale: Any
-    k_zero: Any
-    v_codes: Any
-    v_scale: Any
-    v_zero: Any
-    window_k: Any
-    window_v: Any
-    sink_k: Any
-    sink_v: Any
+    k_codes: Int32[Array, "B H N*R*key_bits/32 D"]
+    k_scale: Float[Array, "B H N*R/G D"]
+    k_zero: Float[Array, "B H N*R/G D"]
+    v_codes: Int32[Array, "B H N*R*value_bits/32 D"]
+    v_scale: Float[Array, "B H D/G N*R"]
+    v_zero: Float[Array, "B H D/G N*R"]
+    window_k: Float[Array, "B H R D"]
+    window_v: Float[Array, "B H R D"]
+    sink_k: Float[Array, "B H sink_tokens D"] | None
+    sink_v: Float[Array, "B H sink_tokens D"] | None
     config: KVConfig
     sliding_window: int | None = None
+
+    packed: ClassVar[bool] = True
+    __no_type_check__ = True  # for JAX, whose trees hold shapes and shardings in the places of arrays
 
     @classmethod
     def empty(
@@ -122,6 +128,11 @@ class QuantizedLayer:
         return Quantized(self.v_codes, self.v_scale, self.v_zero)
 
     @property
+    def sinks(self) -> tuple[Float[Array, "B H sink_tokens D"], Float[Array, "B H sink_tokens D"]] | None:
+        """Keys and values."""
+        return None if self.sink_k is None or self.sink_v is None else (self.sink_k, self.sink_v)
+
+    @property
     def num_kv_heads(self) -> int:
         return self.window_k.shape[1]
 
@@ -130,6 +141,10 @@ class QuantizedLayer:
         """Packed blocks that a row can hold."""
         return self.v_scale.shape[-1] // self.config.residual_length
 
+    @property
+    def flush_every(self) -> int:
+        return self.config.residual_length
+
     def store_prompt(
         self,
         k: Float[Array, "N T H D"],
@@ -137,10 +152,9 @@ class QuantizedLayer:
         lengths: Int[Array, " N"],
         row: int | Array = 0,
     ) -> "QuantizedLayer":
-        """Stores prompts in the N rows from `row` on."""
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        residual, sinks = self.config.residual_length, self.config.sink_tokens
-        newest = newest_in_ring(lengths, residual)  # slots that no token reached yet hold any token
+        residual = self.config.residual_length
+        newest = entries_in(lengths, residual)  # slots that no token reached yet hold any token
         window_k, window_v = take_tokens(k, newest), take_tokens(v, newest)
         keys, values = self.keys, self.values
         if count := min(k.shape[2] // residual, self.blocks):
@@ -151,7 +165,7 @@ class QuantizedLayer:
                 block_k, block_v = k[:, :, : count * residual], v[:, :, : count * residual]
                 block_k = self._without_sinks(block_k, jnp.arange(count * residual))
             else:
-                of_slot = newest_in_ring(flushed, count)[..., None] * residual + jnp.arange(residual)
+                of_slot = entries_in(flushed, count)[..., None] * residual + jnp.arange(residual)
                 of_slot = jnp.maximum(of_slot.reshape(len(lengths), -1), 0)
                 block_k = self._without_sinks(take_tokens(k, of_slot), of_slot)
                 block_v = take_tokens(v, of_slot)
@@ -160,17 +174,19 @@ class QuantizedLayer:
             values = write_quantized(values, packed_v, VALUE_TOKEN_AXES, row, index=0)
             last = jnp.maximum(flushed - 1, 0) % count
             window_k = self._with_flushed(window_k, packed_k, last, count, lengths, flushed)
-        sink_k, sink_v = self.sink_k, self.sink_v
-        if sinks:
-            sink_k = write(sink_k, k[:, :, :sinks], row, index=0, axis=-2)
-            sink_v = write(sink_v, v[:, :, :sinks], row, index=0, axis=-2)
-        return dataclasses.replace(
+        layer = dataclasses.replace(
             self._with_packed(keys, values),
             window_k=write(self.window_k, window_k, row, index=0, axis=-2),
             window_v=write(self.window_v, window_v, row, index=0, axis=-2),
-            sink_k=sink_k,
-            sink_v=sink_v,
         )
+        if self.sinks is None:
+            return layer
+        count = self.config.sink_tokens
+        sink_k, sink_v = (
+            write(sinks, x[:, :, :count], row, index=0, axis=-2)
+            for sinks, x in zip(self.sinks, (k, v), strict=True)
+        )
+        return dataclasses.replace(layer, sink_k=sink_k, sink_v=sink_v)
 
     def append_token(
         self,
@@ -179,32 +195,28 @@ class QuantizedLayer:
         lengths: Int[Array, " B"],
         active: Bool[Array, " B"],
     ) -> "QuantizedLayer":
-        slots = lengths % self.config.residual_length
+        slots = slot_of(lengths, self.config.residual_length)
         layer = dataclasses.replace(
             self,
             window_k=set_ring_tokens(self.window_k, k, slots, active),
             window_v=set_ring_tokens(self.window_v, v, slots, active),
         )
-        if not self.config.sink_tokens:
+        if self.sinks is None:
             return layer
-        return dataclasses.replace(
-            layer,
-            sink_k=set_ring_tokens(self.sink_k, k, lengths, active),  # later tokens have no slot there
-            sink_v=set_ring_tokens(self.sink_v, v, lengths, active),
+        sink_k, sink_v = (  # later tokens have no slot there
+            set_ring_tokens(sinks, x, lengths, active) for sinks, x in zip(self.sinks, (k, v), strict=True)
         )
+        return dataclasses.replace(layer, sink_k=sink_k, sink_v=sink_v)
 
     def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "QuantizedLayer":
-        """The rings of `rows`, whole after `lengths` tokens, quantized into their packed blocks.
-
-        Of several rows, those that there are not are left out.
-        """
+        """Quantizes the rings of `rows`, which are whole, into their packed blocks."""
         residual = self.config.residual_length
         starts = lengths - residual
         ring_k, ring_v = take_rows(self.window_k, rows), take_rows(self.window_v, rows)
         ring_k = self._without_sinks(ring_k, starts[:, None] + jnp.arange(residual))
         packed_k, packed_v = self._quantize(ring_k, ring_v)
         flushed_k = dequantize_keys(packed_k, self.config.key_bits, self.config.group_size)
-        slots = starts // residual % self.blocks
+        slots = slot_of(starts // residual, self.blocks)
         layer = self._with_packed(
             write_block_of_rows(self.keys, packed_k, KEY_TOKEN_AXES, rows, slots),
             write_block_of_rows(self.values, packed_v, VALUE_TOKEN_AXES, rows, slots),
@@ -220,7 +232,6 @@ class QuantizedLayer:
         lengths: Int[Array, " B"],
         counts: Int[Array, " B"],
     ) -> "QuantizedLayer":
-        """Adds `counts` tokens to rows of `lengths`, and flushes as often as adding them one by one would."""
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         residual, length = self.config.residual_length, k.shape[2]
         begun = lengths % residual  # tokens of the block in progress, which the ring holds exactly
@@ -236,7 +247,7 @@ class QuantizedLayer:
         aligned_k = take_tokens(jnp.concatenate([self.window_k, k], axis=2), joined)
         aligned_v = take_tokens(jnp.concatenate([self.window_v, v], axis=2), joined)
 
-        newest = newest_in_ring(begun + counts, residual)  # a negative place: the slot keeps its token
+        newest = entries_in(begun + counts, residual)  # a negative place: the slot keeps its token
         kept = (newest < 0)[:, None, :, None]
         window_k = jnp.where(kept, self.window_k, take_tokens(aligned_k, newest))
         window_v = jnp.where(kept, self.window_v, take_tokens(aligned_v, newest))
@@ -250,22 +261,68 @@ class QuantizedLayer:
             block = jnp.arange(most)
             # Of blocks that would share a slot only the newest is written.
             due = (block < flushed[:, None]) & (block >= flushed[:, None] - self.blocks)
-            slots = jnp.where(due, (start[:, None] // residual + block) % self.blocks, self.blocks)
+            slots = jnp.where(due, slot_of(start[:, None] // residual + block, self.blocks), self.blocks)
             keys = write_blocks(keys, packed_k, KEY_TOKEN_AXES, slots, self.blocks)
             values = write_blocks(values, packed_v, VALUE_TOKEN_AXES, slots, self.blocks)
             last = jnp.maximum(flushed - 1, 0)
             window_k = self._with_flushed(window_k, packed_k, last, most, begun + counts, flushed)
         layer = dataclasses.replace(self._with_packed(keys, values), window_k=window_k, window_v=window_v)
-        if not self.config.sink_tokens:
+        if self.sinks is None:
             return layer
         of_chunk = jnp.arange(self.config.sink_tokens) - lengths[:, None]
         new = ((of_chunk >= 0) & (of_chunk < counts[:, None]))[:, None, :, None]
         of_chunk = jnp.minimum(of_chunk, length - 1)
-        return dataclasses.replace(
-            layer,
-            sink_k=jnp.where(new, take_tokens(k, of_chunk), self.sink_k),
-            sink_v=jnp.where(new, take_tokens(v, of_chunk), self.sink_v),
+        sink_k, sink_v = (
+            jnp.where(new, take_tokens(x, of_chunk), sinks)
+            for sinks, x in zip(self.sinks, (k, v), strict=True)
         )
+        return dataclasses.replace(layer, sink_k=sink_k, sink_v=sink_v)
+
+    def regions(
+        self, lengths: Int[Array, " B"], of_heads: Callable[[Array], Array] = lambda x: x
+    ) -> tuple[Region, ...]:
+        """The ring, the sinks where there are any, and the packed tokens t < length - R."""
+        residual, count = self.config.residual_length, self.config.sink_tokens
+
+        def ring_tokens(slots: Int[Array, " S"]) -> Int[Array, "B S"]:
+            tokens = entry_in(slots, lengths[:, None], residual)
+            return jnp.where(tokens >= count, tokens, -1)
+
+        def sink_tokens(tokens: Int[Array, " S"]) -> Int[Array, "B S"]:
+            return jnp.where(tokens < lengths[:, None], tokens, -1)
+
+        regions = [_exact_region((self.window_k, self.window_v), ring_tokens, of_heads)]
+        if self.sinks is not None:
+            regions.append(_exact_region(self.sinks, sink_tokens, of_heads))
+        return (*regions, self._packed_region(lengths, of_heads))
+
+    def _packed_region(self, lengths: Int[Array, " B"], of_heads: Callable[[Array], Array]) -> Region:
+        config, residual = self.config, self.config.residual_length
+        capacity = self.blocks * residual
+        ends = jnp.maximum(lengths - residual, 0)  # newer tokens are in the ring
+
+        def read(start: int | Array, count: int) -> tuple[Array, Array, Array]:
+            slots = start // residual + jnp.arange(count // residual)
+            blocks = entry_in(slots, lengths[:, None] // residual, self.blocks)
+            tokens = blocks[..., None] * residual + jnp.arange(residual)
+            tokens = tokens.reshape(lengths.size, count)
+            tokens = jnp.where((tokens >= config.sink_tokens) & (tokens < ends[:, None]), tokens, -1)
+
+            def take(array: Array, axis: int) -> Array:
+                length = array.shape[axis]
+                first = start // (capacity // length)
+                return of_heads(jax.lax.dynamic_slice_in_dim(array, first, count * length // capacity, axis))
+
+            keys = Quantized(*map(take, self.keys, KEY_TOKEN_AXES))
+            values = Quantized(*map(take, self.values, VALUE_TOKEN_AXES))
+            return (
+                tokens,
+                dequantize_keys(keys, config.key_bits, config.group_size),
+                dequantize_values(values, config.value_bits, config.group_size),
+            )
+
+        # Whole blocks keep words and groups whole.
+        return Region(capacity, jnp.minimum(ends.max(), capacity), read, unit=residual, packed=True)
 
     def _quantize(
         self, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]
@@ -329,3 +386,18 @@ def _zero_blocks(block: Quantized, axes: tuple[int, ...], count: int) -> Quantiz
         return jnp.zeros(shape, array.dtype)
 
     return Quantized(*map(zeros, block, axes))
+
+
+def _exact_region(
+    stored: tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]],
+    tokens_of: Callable[[Int[Array, " S"]], Int[Array, "B S"]],
+    of_heads: Callable[[Array], Array],
+) -> Region:
+    """Keys and values that `tokens_of` places hold, read in float32 as decoded ones are."""
+
+    def read(start: int | Array, count: int) -> tuple[Array, Array, Array]:
+        keys, values = (of_heads(jax.lax.dynamic_slice_in_dim(x, start, count, axis=2)) for x in stored)
+        return tokens_of(start + jnp.arange(count)), keys.astype(jnp.float32), values.astype(jnp.float32)
+
+    size = stored[0].shape[2]
+    return Region(size, size, read)

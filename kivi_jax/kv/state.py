@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Int
 
 from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.dense import DenseLayer
+from kivi_jax.kv.layer import Layer
 from kivi_jax.kv.quantized import QuantizedLayer
-
-Layer = DenseLayer | QuantizedLayer
 
 FLUSHED_AT_ONCE_ON_GPU = 1024  # tokens of a layer
 
@@ -24,19 +24,32 @@ FLUSHED_AT_ONCE_ON_GPU = 1024  # tokens of a layer
 )
 @dataclasses.dataclass(frozen=True)
 class KVState:
-    """Keys and values of a batch of sequences; what a model gives that is no finite number is stored as 0.
+    """Keys and values of a batch of sequences; those that are not finite numbers are stored as 0.
 
     Attributes:
-        lengths: int32 `[B]`, the tokens each row holds.
-        layers: one `DenseLayer` or `QuantizedLayer` per layer of the model.
+        lengths: the tokens each row holds.
+        layers: the storage of every layer of the model.
         config: how the layers store keys and values.
         capacity: the tokens a row can hold; what a row that outgrows it attends to is undefined.
     """
 
-    lengths: Any
+    lengths: Int[Array, " B"]
     layers: tuple[Layer, ...]
     config: KVConfig
     capacity: int
+
+    __no_type_check__ = True  # for JAX, whose trees hold shapes and shardings in the places of arrays
+
+    def take_rows(self, rows: Int[Array, " N"]) -> "KVState":
+        """These rows, of which one may be there several times."""
+        layers = tuple(layer.take_rows(rows) for layer in self.layers)
+        return dataclasses.replace(self, lengths=self.lengths[rows], layers=layers)
+
+    def partition_spec(self, rows: str | None, heads: str | None) -> "KVState":
+        """How each array lies on a mesh, the batch over its axis `rows` and KV heads over its axis `heads`."""
+        lengths: Any = PartitionSpec(rows)
+        layers = tuple(layer.partition_spec(rows, heads) for layer in self.layers)
+        return dataclasses.replace(self, lengths=lengths, layers=layers)
 
 
 def kv_bytes(state: KVState | Layer) -> int:
@@ -71,46 +84,45 @@ def empty_state(
 
 
 def advance(state: KVState, active: Bool[Array, " B"]) -> KVState:
-    """Counts the token that every layer just appended, and flushes the rings that are now whole.
+    """Counts the token that every layer just appended, and flushes the rows for which that is due.
 
-    The flush loops over the rows that are due, so its work is proportional to their number and not to the batch.
+    The flush loops over these rows, so its work is proportional to their number and not to the batch.
     """
     lengths = state.lengths + active
     layers = list(state.layers)
-    rings: dict[int, dict[int, QuantizedLayer]] = {}  # by residual length and place in the model
+    flushed_alike: dict[int, dict[int, Layer]] = {}  # by how often, and by place in the model
     for place, layer in enumerate(layers):
-        if isinstance(layer, QuantizedLayer):
-            rings.setdefault(layer.config.residual_length, {})[place] = layer
-    for residual, alike in rings.items():
-        due = active & (lengths % residual == 0)
-        for place, layer in _flush_due(alike, lengths, due).items():
+        if layer.flush_every is not None:
+            flushed_alike.setdefault(layer.flush_every, {})[place] = layer
+    for every, alike in flushed_alike.items():
+        due = active & (lengths % every == 0)
+        for place, layer in _flush_due(every, alike, lengths, due).items():
             layers[place] = layer
     return dataclasses.replace(state, lengths=lengths, layers=tuple(layers))
 
 
 def _flush_due(
-    layers: dict[int, QuantizedLayer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
-) -> dict[int, QuantizedLayer]:
+    every: int, layers: dict[int, Layer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
+) -> dict[int, Layer]:
     # On a GPU a turn of one row is hundreds of kernels that have next to nothing to do.
-    (residual,) = {layer.config.residual_length for layer in layers.values()}
-    at_once = max(min(FLUSHED_AT_ONCE_ON_GPU // residual, due.size), 1)
+    at_once = max(min(FLUSHED_AT_ONCE_ON_GPU // every, due.size), 1)
     on_gpu = functools.partial(_flush_in_turns, at_once)
     in_turn = functools.partial(_flush_in_turns, 1)
     return jax.lax.platform_dependent(layers, lengths, due, cuda=on_gpu, default=in_turn)
 
 
 def _flush_in_turns(
-    at_once: int, layers: dict[int, QuantizedLayer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
-) -> dict[int, QuantizedLayer]:
+    at_once: int, layers: dict[int, Layer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
+) -> dict[int, Layer]:
     batch, count = due.size, jnp.sum(due)
     due_rows = jnp.argsort(~due)
 
-    def flush(i: Array, layers: dict[int, QuantizedLayer]) -> dict[int, QuantizedLayer]:
+    def flush(i: Array, layers: dict[int, Layer]) -> dict[int, Layer]:
         places = i * at_once + jnp.arange(at_once)
         rows = due_rows[jnp.minimum(places, batch - 1)]
         full = lengths[rows]
         if at_once > 1:
-            rows = jnp.where(places < count, rows, batch)  # which there is not, and is left out
+            rows = jnp.where(places < count, rows, batch)  # beyond the batch, and left out
         return {place: layer.flush(rows, full) for place, layer in layers.items()}
 
     return jax.lax.fori_loop(0, (count + at_once - 1) // at_once, flush, layers)

@@ -1,54 +1,65 @@
-"""Attention of one new token a row, or of a chunk of them, over a layer's stored keys and values."""
+"""Attention of new tokens over a layer's stored keys and values: which implementation runs."""
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kivi_jax.kv.dense import DenseLayer
-from kivi_jax.kv.state import Layer
-from kivi_jax.pallas_kernels.alibi import Slopes
+from kivi_jax.kv.layer import Layer
 from kivi_jax.pallas_kernels.decode_attention import gpu, tpu, xla
+from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 Implementation = Literal["auto", "xla", "pallas_tpu", "pallas_gpu"]
 
 
+class Kernel(NamedTuple):
+    """A kernel for one kind of device, as the XLA platform and the backend of a process are called."""
+
+    platform: str
+    backend: str
+    module: ModuleType
+
+
+KERNELS: dict[str, Kernel] = {
+    "pallas_tpu": Kernel("tpu", "tpu", tpu),
+    "pallas_gpu": Kernel("cuda", "gpu", gpu),
+}
+
+
 def decode_attention(
-    q: Float[Array, "B Hq D"],
-    k: Float[Array, "B H D"],
-    v: Float[Array, "B H D"],
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
     layer: Layer,
     lengths: Int[Array, " B"],
-    alibi_slopes: Slopes | None = None,
+    heads: Heads = ALL_HEADS,
     implementation: Implementation = "auto",
-    *,
-    first_kv_head: int | Array = 0,
-) -> Float[Array, "B Hq D"]:
-    """Attends the `lengths` tokens that `layer` stores and the new token (k, v), which it does not hold yet.
+) -> Float[Array, "B T Hq D"]:
+    """Attends the `lengths` tokens that `layer` stores, and T new tokens (k, v) that it does not hold yet: each attends
+    itself and those before it, exactly.
 
-    One softmax over everything, in float32. The dequantized cache is never materialised, and the work over packed
-    tokens grows with the longest row, not with capacity. On several devices it must run inside a `jax.shard_map`.
+    One softmax over everything, in float32. The dequantized cache is never materialised, nor a matrix of all scores,
+    and the work over packed tokens grows with the longest row, not with capacity. On several devices it must run inside
+    a `jax.shard_map`.
 
     Args:
-        q: the new token's queries.
-        k: its keys, of the KV heads that q has queries of.
-        v: its values, likewise.
-        layer: what is stored, of these KV heads or more.
+        q: queries of the new tokens.
+        k: their keys, of as many KV heads as `layer` has.
+        v: their values, likewise.
+        layer: what is stored.
         lengths: stored tokens of each row.
-        alibi_slopes: one a query head, those of `alibi_bias`.
+        heads: position biases, and which of the KV heads the queries read; the kernels copy nothing for it.
         implementation: `"xla"` runs everywhere; `"pallas_tpu"` is the TPU kernel and `"pallas_gpu"` that for NVIDIA
             GPUs, which other devices interpret, slowly; `"auto"` is the kernel for the platform that a program is
             compiled for, where there is one that takes these shapes, and else XLA.
-        first_kv_head: where the KV heads of q, k and v begin among those of `layer`, a multiple of their number. Only
-            they are read, and the kernels copy nothing.
 
     Raises:
-        NotImplementedError: the kernel that was asked for does not take these shapes or dtypes; the message says why.
+        NotImplementedError: the kernel that was asked for does not take these shapes or dtypes, or more than one new
+            token; the message says why.
         ValueError: `implementation` is unknown.
     """
     choices = get_args(Implementation)
@@ -56,81 +67,56 @@ def decode_attention(
         raise ValueError(
             f"implementation must be one of {', '.join(map(repr, choices))}, got {implementation!r}"
         )
-    if alibi_slopes is not None:
-        alibi_slopes = jnp.asarray(alibi_slopes, jnp.float32)
-    return _dispatch(q, k, v, layer, lengths, alibi_slopes, first_kv_head, implementation)
+    return _dispatch(q, k, v, layer, lengths, heads, implementation)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def _dispatch(
-    q: Float[Array, "B Hq D"],
-    k: Float[Array, "B H D"],
-    v: Float[Array, "B H D"],
-    layer: Layer,
-    lengths: Int[Array, " B"],
-    alibi_slopes: Float[Array, " Hq"] | None,
-    first_kv_head: int | Array,
-    implementation: Implementation,
-) -> Float[Array, "B Hq D"]:
-    """Compiled, so that layers alike are traced once: the kernel takes a while."""
-    options: dict[str, Any] = {"alibi_slopes": alibi_slopes, "first_kv_head": first_kv_head}
-    arguments = (q, k, v, layer, lengths)
-    reference: Callable[..., Array] = functools.partial(_reference, **options)
-    kernels = {
-        name: functools.partial(module.decode_attention, **options)
-        for name, module in (("tpu", tpu), ("cuda", gpu))
-    }
-    asked_for = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}.get(implementation)
-    if asked_for is not None:
-        kernel = kernels[asked_for]
-        interpreted = functools.partial(kernel, interpret=True)
-        return jax.lax.platform_dependent(*arguments, **{asked_for: kernel}, default=interpreted)
-    if implementation == "auto" and not isinstance(layer, DenseLayer):
-        # For the platform that the program is compiled for, which need not be the one it is traced on.
-        fitting = {name: kernels[name] for name in _platforms_with_a_kernel(q, layer)}
-        return jax.lax.platform_dependent(*arguments, **fitting, default=reference)
-    return reference(*arguments)
-
-
-def _platforms_with_a_kernel(q: Float[Array, "B Hq D"], layer: Layer) -> list[str]:
-    """Whose kernel takes these shapes. Says once why not, where that is the platform of this process."""
-    platforms = []
-    for name, backend, module in (("tpu", "tpu", tpu), ("cuda", "gpu", gpu)):
-        try:
-            module.check_supported(q, layer)
-            platforms.append(name)
-        except NotImplementedError as error:
-            if jax.default_backend() == backend:
-                _warn_of_fallback(str(error))
-    return platforms
-
-
-def chunk_attention(
     q: Float[Array, "B T Hq D"],
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H D"],
     layer: Layer,
     lengths: Int[Array, " B"],
-    alibi_slopes: Slopes | None = None,
-    *,
-    first_kv_head: int | Array = 0,
+    heads: Heads,
+    implementation: Implementation,
 ) -> Float[Array, "B T Hq D"]:
-    """The same for T new tokens a row, each of which also attends those before it, exactly. Always XLA.
+    """Compiled, so that layers alike are traced once: the kernel takes a while."""
+    arguments = (q, k, v, layer, lengths, heads)
+    if implementation in KERNELS:
+        kernel = KERNELS[implementation]
+        check_kernel_takes(kernel, q, layer)
+        interpreted = functools.partial(kernel.module.decode_attention, interpret=True)
+        compiled = {kernel.platform: kernel.module.decode_attention}
+        return jax.lax.platform_dependent(*arguments, **compiled, default=interpreted)
+    if implementation == "auto" and layer.packed and q.shape[1] == 1:
+        # For the platform that the program is compiled for, which need not be the one it is traced on.
+        fitting = {kernel.platform: kernel.module.decode_attention for kernel in _fitting_kernels(q, layer)}
+        return jax.lax.platform_dependent(*arguments, **fitting, default=xla.decode_attention)
+    return xla.decode_attention(*arguments)
 
-    No matrix of all scores exists: memory grows with T and not with T times the stored tokens.
-    """
-    return xla.stored_attention(q, k, v, layer, lengths, alibi_slopes, first_kv_head)
+
+def check_kernel_takes(kernel: Kernel, q: Float[Array, "B T Hq D"], layer: Layer) -> None:
+    """Raises NotImplementedError with what the kernel does not cover, if there is something."""
+    if not layer.packed:
+        raise NotImplementedError(f"the {kernel.backend.upper()} kernel reads quantized layers only")
+    if q.shape[1] != 1:
+        raise NotImplementedError(
+            f"the {kernel.backend.upper()} kernel takes one new token a row, not {q.shape[1]}"
+        )
+    kernel.module.check_supported(q, layer)
 
 
-def _reference(
-    q: Float[Array, "B Hq D"],
-    k: Float[Array, "B H D"],
-    v: Float[Array, "B H D"],
-    layer: Layer,
-    lengths: Int[Array, " B"],
-    **options: Any,
-) -> Float[Array, "B Hq D"]:
-    return xla.stored_attention(q[:, None], k[:, None], v[:, None], layer, lengths, **options)[:, 0]
+def _fitting_kernels(q: Float[Array, "B T Hq D"], layer: Layer) -> list[Kernel]:
+    """Those that take these shapes. Says once why not, where that is the one for the platform of this process."""
+    fitting = []
+    for kernel in KERNELS.values():
+        try:
+            check_kernel_takes(kernel, q, layer)
+            fitting.append(kernel)
+        except NotImplementedError as error:
+            if jax.default_backend() == kernel.backend:
+                _warn_of_fallback(str(error))
+    return fitting
 
 
 @functools.cache

@@ -14,10 +14,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
 from kivi_jax.kv.quantized import QuantizedLayer
-from kivi_jax.kv.state import Layer
-from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Plan, list_work
 from kivi_jax.pallas_kernels.devices import nvidia_capability
+from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 try:
     from kivi_jax.pallas_kernels.decode_attention import gpu_kernel
@@ -31,16 +30,15 @@ LEAST_CAPABILITY = 8.0  # from Ampere on: matrix products in bfloat16
 
 
 def decode_attention(
-    q: Float[Array, "B Hq D"],
-    k: Float[Array, "B H D"],
-    v: Float[Array, "B H D"],
-    layer: Layer,
+    q: Float[Array, "B 1 Hq D"],
+    k: Float[Array, "B 1 H D"],
+    v: Float[Array, "B 1 H D"],
+    layer: QuantizedLayer,
     lengths: Int[Array, " B"],
-    alibi_slopes: Slopes | None = None,
+    heads: Heads = ALL_HEADS,
     *,
-    first_kv_head: int | Array = 0,
     interpret: bool = False,
-) -> Float[Array, "B Hq D"]:
+) -> Float[Array, "B 1 Hq D"]:
     """`api.decode_attention` as two kernels.
 
     Args:
@@ -50,12 +48,12 @@ def decode_attention(
         NotImplementedError: something the kernel does not cover, which the message names.
     """
     check_supported(q, layer)
-    assert isinstance(layer, QuantizedLayer)
-    batch, heads, head_dim = q.shape
+    q, k, v = q[:, 0], heads.of_new(k)[:, 0], heads.of_new(v)[:, 0]
+    batch, query_heads, head_dim = q.shape
     kv_heads = k.shape[1]
     config = layer.config
     plan = Plan(
-        shared=heads // kv_heads,
+        shared=query_heads // kv_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         key_bits=config.key_bits,
@@ -65,20 +63,20 @@ def decode_attention(
         capacity=layer.blocks * config.residual_length,
         sinks=config.sink_tokens,
         sliding_window=layer.sliding_window,
-        alibi=alibi_slopes is not None,
+        alibi=heads.alibi_slopes is not None,
     )
     work, of_rows = list_work(lengths, plan)
     inputs = {
         **work,
         "lengths": lengths.astype(jnp.int32),
-        "first_kv_head": jnp.asarray(first_kv_head, jnp.int32).reshape(1),
+        "first_kv_head": jnp.asarray(heads.first_kv_head, jnp.int32).reshape(1),
         "q": q,
         "k": k,
         "v": v,
         **_stored(layer),
     }
-    if alibi_slopes is not None:
-        inputs["slopes"] = jax.lax.reduce_precision(jnp.asarray(alibi_slopes, jnp.float32), 8, 7)
+    if heads.alibi_slopes is not None:
+        inputs["slopes"] = jax.lax.reduce_precision(jnp.asarray(heads.alibi_slopes, jnp.float32), 8, 7)
     items = work["rows"].size
     places = (items, kv_heads, plan.row_blocks * plan.rows)
     results = {
@@ -95,24 +93,23 @@ def decode_attention(
         name="kivi_decode_attention",
     )(*inputs.values())
     names = (*of_rows, *results, "out")
-    return pl.pallas_call(
+    out = pl.pallas_call(
         functools.partial(gpu_kernel.merge, shared=plan.shared, names=names),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(batch, heads),
+        grid=(batch, query_heads),
         compiler_params=gpu_kernel.compiler_params(warps=4),
         interpret=interpret,
         name="kivi_merge",
     )(*of_rows.values(), *parts)
+    return out[:, None]
 
 
-def check_supported(q: Array, layer: Layer) -> None:
+def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
     """Raises NotImplementedError with what the kernel does not cover, if there is something."""
     if gpu_kernel is None:
         raise NotImplementedError(
             "the GPU kernel needs Pallas' Triton lowering, which this JAX no longer has"
         )
-    if not isinstance(layer, QuantizedLayer):
-        raise NotImplementedError("the GPU kernel reads quantized layers only")
     if q.shape[-1] not in HEAD_DIMS:
         raise NotImplementedError(f"the GPU kernel takes a head_dim of 64 or 128, not {q.shape[-1]}")
     group_size = layer.config.group_size
@@ -148,6 +145,6 @@ def _stored(layer: QuantizedLayer) -> dict[str, Array]:
         "window_k": layer.window_k,
         "window_v": layer.window_v,
     }
-    if layer.config.sink_tokens:
-        stored |= {"sink_k": layer.sink_k, "sink_v": layer.sink_v}
+    if layer.sinks is not None:
+        stored |= dict(zip(("sink_k", "sink_v"), layer.sinks, strict=True))
     return stored

@@ -6,7 +6,6 @@ have no steps, and blocks past a row's end are never read, so the cost is that o
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,25 +16,25 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from kivi_jax.kv.quantized import QuantizedLayer
-from kivi_jax.kv.state import Layer
+from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.decode_attention.tpu_kernel import scratch_buffers, step
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan, make_plan
 from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES
+from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 HEAD_DIMS = (64, 128, 256)
 
 
 def decode_attention(
-    q: Float[Array, "B Hq D"],
-    k: Float[Array, "B H D"],
-    v: Float[Array, "B H D"],
-    layer: Layer,
+    q: Float[Array, "B 1 Hq D"],
+    k: Float[Array, "B 1 H D"],
+    v: Float[Array, "B 1 H D"],
+    layer: QuantizedLayer,
     lengths: Int[Array, " B"],
-    alibi_slopes: Sequence[float] | Float[Array, " Hq"] | None = None,
+    heads: Heads = ALL_HEADS,
     *,
-    first_kv_head: int | Array = 0,
     interpret: bool = False,
-) -> Float[Array, "B Hq D"]:
+) -> Float[Array, "B 1 Hq D"]:
     """`api.decode_attention` as one kernel.
 
     Args:
@@ -45,12 +44,12 @@ def decode_attention(
         NotImplementedError: something the kernel does not cover, which the message names.
     """
     check_supported(q, layer)
-    assert isinstance(layer, QuantizedLayer)
-    batch, heads, head_dim = q.shape
+    q, k, v = q[:, 0], heads.of_new(k)[:, 0], heads.of_new(v)[:, 0]
+    batch, query_heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    shared = heads // kv_heads
-    plan = make_plan(layer, shared, kv_heads, alibi_slopes is not None)
-    inputs = _inputs(plan, q, k, v, alibi_slopes) | _stored(plan, layer)
+    shared = query_heads // kv_heads
+    plan = make_plan(layer, shared, kv_heads, heads.alibi_slopes is not None)
+    inputs = _inputs(plan, q, k, v, heads.alibi_slopes) | _stored(plan, layer)
     scratch = scratch_buffers(plan)
     names = (*inputs, "out", *scratch)
     work, steps = _list_work(lengths, plan)
@@ -69,18 +68,16 @@ def decode_attention(
         name="kivi_decode_attention",
     )(
         *work,
-        jnp.asarray(first_kv_head, jnp.int32).reshape(1) // plan.heads,
+        jnp.asarray(heads.first_kv_head, jnp.int32).reshape(1) // plan.heads,
         *(array for array, _ in inputs.values()),
     )
     out = out[:, :, :shared].reshape(q.shape)
     # Rows without tokens had no step.
-    return jnp.where((lengths > 0)[:, None, None], out, jnp.repeat(v, shared, axis=1))
+    return jnp.where((lengths > 0)[:, None, None], out, jnp.repeat(v, shared, axis=1))[:, None]
 
 
-def check_supported(q: Array, layer: Layer) -> None:
+def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
     """Raises NotImplementedError with what the kernel does not cover, if there is something."""
-    if not isinstance(layer, QuantizedLayer):
-        raise NotImplementedError("the TPU kernel reads quantized layers only")
     head_dim = q.shape[-1]
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"the TPU kernel takes a head_dim of 64, 128 or 256, not {head_dim}")
@@ -106,7 +103,7 @@ def _list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[tuple[Array, Arra
 Inputs = dict[str, tuple[Array, pl.BlockSpec]]
 
 
-def _inputs(plan: Plan, q: Array, k: Array, v: Array, alibi_slopes: Sequence[float] | Array | None) -> Inputs:
+def _inputs(plan: Plan, q: Array, k: Array, v: Array, alibi_slopes: Slopes | None) -> Inputs:
     """What comes with the new token, by KV head."""
     kv_heads = k.shape[1]
 
@@ -164,7 +161,7 @@ def _stored(plan: Plan, layer: QuantizedLayer) -> Inputs:
         "window_k": (layer.window_k, spec(None, plan.residual, plan.head_dim)),
         "window_v": (layer.window_v, spec(None, plan.residual, plan.head_dim)),
     }
-    if plan.sinks:
-        inputs["sink_k"] = layer.sink_k, spec(None, plan.sinks, plan.head_dim)
-        inputs["sink_v"] = layer.sink_v, spec(None, plan.sinks, plan.head_dim)
+    if layer.sinks is not None:
+        for name, sinks in zip(("sink_k", "sink_v"), layer.sinks, strict=True):
+            inputs[name] = sinks, spec(None, plan.sinks, plan.head_dim)
     return inputs

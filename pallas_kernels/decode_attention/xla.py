@@ -8,22 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.kv.buffers import newest_in_ring
-from kivi_jax.kv.dense import DenseLayer
-from kivi_jax.kv.quantize import (
-    KEY_TOKEN_AXES,
-    VALUE_TOKEN_AXES,
-    Quantized,
-    dequantize_keys,
-    dequantize_values,
-)
-from kivi_jax.kv.quantized import QuantizedLayer
-from kivi_jax.kv.state import Layer
+from kivi_jax.kv.layer import Layer, Region
 from kivi_jax.pallas_kernels.alibi import Slopes, alibi_bias
+from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 # Unpacked float32 bytes of one block of the packed region: small enough to stay in a CPU core's second-level cache.
 BLOCK_BYTES = 2 * 2**20
-# Unquantized tokens that several new ones attend at a time, so that no matrix of all their scores exists.
+# Exact tokens that several new ones attend at a time, so that no matrix of all their scores exists.
 EXACT_BLOCK = 256
 
 
@@ -99,31 +90,42 @@ class Queries(NamedTuple):
         return jnp.where(live[:, None], scores, -jnp.inf)
 
 
-def stored_attention(
+def decode_attention(
     q: Float[Array, "B T Hq D"],
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H D"],
     layer: Layer,
     lengths: Int[Array, " B"],
-    alibi_slopes: Slopes | None = None,
-    first_kv_head: int | Array = 0,
+    heads: Heads = ALL_HEADS,
 ) -> Float[Array, "B T Hq D"]:
-    """Attention of T new tokens a row over those that `layer` stores, the new ones before them, and themselves.
-
-    `layer` may have more KV heads than q, k and v: they are those from `first_kv_head` on.
-    """
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    _, kv_heads, new, _ = k.shape
-    queries = Queries.group(q, kv_heads, lengths, layer.sliding_window, alibi_slopes)
-    read = Reader(None if kv_heads == layer.num_kv_heads else first_kv_head, kv_heads)
+    """`api.decode_attention`, of any number of new tokens and any storage."""
+    k, v = (heads.of_new(x).swapaxes(1, 2) for x in (k, v))
+    new = k.shape[2]
+    queries = Queries.group(q, k.shape[1], lengths, layer.sliding_window, heads.alibi_slopes)
     sums = _attend_new(queries, k, v)
-    if isinstance(layer, DenseLayer):
-        whole = new == 1 and read.first_kv_head is None  # else reading all would be copying all
-        sums = _attend_dense(sums, queries, layer, lengths, read, layer.slots if whole else EXACT_BLOCK)
-    else:
-        sums = _attend_exact(sums, queries, layer, lengths, read)
-        sums = _attend_packed(sums, queries, layer, lengths, read)
+    # Exact tokens can be read in place and all at once, unless that made a matrix of scores or a copy of some heads.
+    at_once = new == 1 and k.shape[1] == layer.num_kv_heads
+    for region in layer.regions(lengths, heads.of_stored):
+        if region.packed:
+            block_bytes = 4 * k.shape[0] * k.shape[1] * k.shape[3] * region.unit
+            block = max(BLOCK_BYTES // block_bytes, 1) * region.unit
+        else:
+            block = region.size if at_once else EXACT_BLOCK
+        sums = _attend_region(sums, queries, region, min(block, region.size))
     return queries.ungroup(sums.result(), new).astype(q.dtype)
+
+
+def _attend_region(sums: OnlineSoftmax, queries: Queries, region: Region, block: int) -> OnlineSoftmax:
+    """Stored tokens, of `block` places at a time."""
+
+    def attend(sums: OnlineSoftmax, start: int | Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
+        tokens, keys, values = region.read(start, block)
+        live = fresh & (tokens >= 0)
+        return sums.add(queries.scores(keys, tokens, live[:, None]), values)
+
+    if block == region.size and not region.packed:
+        return attend(sums, 0, jnp.ones(block, bool))
+    return _over_blocks(attend, sums, region.used, region.size, block)
 
 
 def _attend_new(queries: Queries, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]) -> OnlineSoftmax:
@@ -160,88 +162,8 @@ def _attend_new(queries: Queries, k: Float[Array, "B H T D"], v: Float[Array, "B
     return _over_blocks(attend, sums, new, new, min(EXACT_BLOCK, new))
 
 
-class Reader(NamedTuple):
-    """Takes the KV heads that queries read out of a layer's arrays; all of them if `first_kv_head` is None."""
-
-    first_kv_head: int | Array | None
-    kv_heads: int
-
-    def __call__(self, x: Array) -> Array:
-        if self.first_kv_head is None:
-            return x
-        return jax.lax.dynamic_slice_in_dim(x, self.first_kv_head, self.kv_heads, axis=1)
-
-
-def _attend_dense(
-    sums: OnlineSoftmax,
-    queries: Queries,
-    layer: DenseLayer,
-    lengths: Int[Array, " B"],
-    read: Reader,
-    block: int,
-) -> OnlineSoftmax:
-    """Products run in the activation dtype and sum in float32."""
-    tokens = newest_in_ring(lengths, layer.slots)
-
-    def attend(sums: OnlineSoftmax, start: Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
-        keys, values = (
-            read(jax.lax.dynamic_slice_in_dim(x, start, fresh.size, axis=2)) for x in (layer.k, layer.v)
-        )
-        at = jax.lax.dynamic_slice_in_dim(tokens, start, fresh.size, axis=1)
-        return sums.add(queries.scores(keys, at, (fresh & (at >= 0))[:, None]), values)
-
-    if block >= layer.slots:
-        return attend(sums, jnp.int32(0), jnp.ones(layer.slots, bool))
-    return _over_blocks(attend, sums, jnp.minimum(lengths.max(), layer.slots), layer.slots, block)
-
-
-def _attend_exact(
-    sums: OnlineSoftmax, queries: Queries, layer: QuantizedLayer, lengths: Int[Array, " B"], read: Reader
-) -> OnlineSoftmax:
-    """The ring, and the sinks where there are any."""
-    config = layer.config
-    tokens = newest_in_ring(lengths, config.residual_length)
-    scores = queries.scores(
-        read(layer.window_k).astype(jnp.float32), tokens, (tokens >= config.sink_tokens)[:, None]
-    )
-    sums = sums.add(scores, read(layer.window_v).astype(jnp.float32))
-    if not config.sink_tokens:
-        return sums
-    tokens = jnp.broadcast_to(jnp.arange(config.sink_tokens), (lengths.size, config.sink_tokens))
-    live = (tokens < lengths[:, None])[:, None]
-    scores = queries.scores(read(layer.sink_k).astype(jnp.float32), tokens, live)
-    return sums.add(scores, read(layer.sink_v).astype(jnp.float32))
-
-
-def _attend_packed(
-    sums: OnlineSoftmax, queries: Queries, layer: QuantizedLayer, lengths: Int[Array, " B"], read: Reader
-) -> OnlineSoftmax:
-    """Tokens t < length - R, one block dequantized at a time, up to the longest row."""
-    config = layer.config
-    batch, num_kv_heads, _, head_dim = queries.vectors.shape
-    residual = config.residual_length
-    capacity = layer.blocks * residual
-    packed_lengths = jnp.maximum(lengths - residual, 0)
-    stored_blocks = newest_in_ring(lengths // residual, layer.blocks)
-    # Whole rings to a block keep words and groups whole, also where the last block starts early to stay inside.
-    fitting = BLOCK_BYTES // (batch * num_kv_heads * head_dim * 4)
-    block = min(max(fitting // residual, 1) * residual, capacity)
-
-    def attend(sums: OnlineSoftmax, start: Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
-        rings = jax.lax.dynamic_slice_in_dim(stored_blocks, start // residual, block // residual, axis=1)
-        tokens = (rings[..., None] * residual + jnp.arange(residual)).reshape(batch, block)
-        live = fresh & (tokens >= config.sink_tokens) & (tokens < packed_lengths[:, None])
-        packed_k = _slice(layer.keys, KEY_TOKEN_AXES, start, block, capacity, read)
-        packed_v = _slice(layer.values, VALUE_TOKEN_AXES, start, block, capacity, read)
-        keys = dequantize_keys(packed_k, config.key_bits, config.group_size)
-        values = dequantize_values(packed_v, config.value_bits, config.group_size)
-        return sums.add(queries.scores(keys, tokens, live[:, None]), values)
-
-    return _over_blocks(attend, sums, jnp.minimum(packed_lengths.max(), capacity), capacity, block)
-
-
 def _over_blocks(
-    attend: Callable[[OnlineSoftmax, Array, Array], OnlineSoftmax],
+    attend: Callable[[OnlineSoftmax, Array, Bool[Array, " T"]], OnlineSoftmax],
     sums: OnlineSoftmax,
     used: int | Array,
     size: int,
@@ -257,19 +179,3 @@ def _over_blocks(
         return attend(sums, start, start + jnp.arange(block) >= i * block)
 
     return jax.lax.fori_loop(0, -(-used // block), step, sums)
-
-
-def _slice(
-    packed: Quantized, axes: tuple[int, ...], start: Array, tokens: int, capacity: int, read: Reader
-) -> Quantized:
-    """The `tokens` tokens from `start` on, of `capacity`."""
-
-    def take(array: Array, axis: int) -> Array:
-        length = array.shape[axis]
-        return read(
-            jax.lax.dynamic_slice_in_dim(
-                array, start // (capacity // length), tokens * length // capacity, axis
-            )
-        )
-
-    return Quantized(*map(take, packed, axes))

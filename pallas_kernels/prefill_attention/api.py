@@ -8,8 +8,8 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
-from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.devices import nvidia_capability
+from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 from kivi_jax.pallas_kernels.prefill_attention import tpu, xla
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
@@ -23,14 +23,14 @@ def prefill_attention(
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H D"],
     sliding_window: int | None = None,
-    alibi_slopes: Slopes | None = None,
+    heads: Heads = ALL_HEADS,
     implementation: Implementation = "auto",
     interpret: bool = False,
 ) -> Float[Array, "B T Hq D"]:
     """Exact causal attention of right-padded prompts; what padding attends to is never read.
 
-    A token attends the newest `sliding_window` tokens, itself included, or all; `alibi_slopes` are those of
-    `alibi_bias`, which only `xla` takes. `cudnn` needs 16-bit activations and head_dim ≤ 128 on an NVIDIA GPU from
+    A token attends the newest `sliding_window` tokens, itself included, or all; only `xla` takes the position biases
+    that `heads` may have. `cudnn` needs 16-bit activations and head_dim ≤ 128 on an NVIDIA GPU from
     Ampere on, `splash` a T that is a multiple of 128 on a TPU (`interpret` runs it elsewhere, slowly). `auto` takes the
     device's own where it can, else `xla`. On several devices it must run inside a `jax.shard_map`.
 
@@ -39,6 +39,7 @@ def prefill_attention(
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation must be 'auto', 'xla', 'cudnn' or 'splash', got {implementation!r}")
+    k, v, alibi_slopes = heads.of_new(k), heads.of_new(v), heads.alibi_slopes
     general = functools.partial(
         xla.causal_attention, sliding_window=sliding_window, alibi_slopes=alibi_slopes
     )

@@ -16,7 +16,8 @@ import kivi_jax
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import api, gpu
-from kivi_jax.pallas_kernels.decode_attention.api import chunk_attention, decode_attention
+from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
+from kivi_jax.pallas_kernels.heads import Heads
 from tests.checkpoints import write_checkpoint
 
 KERNEL = "tpu_custom_call"
@@ -27,12 +28,12 @@ def arguments(kv="kivi2", dtype=jnp.bfloat16, heads=(8, 4), head_dim=128):
     """Of two rows, which store nothing or 300 tokens."""
     generator = np.random.default_rng(0)
     lengths = jnp.asarray([0, 300], jnp.int32)
-    shape = (2, heads[1], head_dim)
+    shape = (2, 1, heads[1], head_dim)
     q, k, v = (
         jnp.asarray(generator.standard_normal(shape), dtype)
-        for shape in ((2, heads[0], head_dim), shape, shape)
+        for shape in ((2, 1, heads[0], head_dim), shape, shape)
     )
-    prompt = jnp.asarray(generator.standard_normal((2, 2, 384, *shape[1:])), dtype)
+    prompt = jnp.asarray(generator.standard_normal((2, 2, 384, *shape[2:])), dtype)
     layer = empty_state(1, 2, heads[1], 384, head_dim, PRESETS[kv], dtype).layers[0]
     return q, k, v, layer.store_prompt(*prompt, lengths), lengths
 
@@ -92,13 +93,13 @@ def test_other_gpus_run_xla(monkeypatch, kind, capability):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     api._warn_of_fallback.cache_clear()
     with pytest.warns(UserWarning, match=f"compute capability 8.0, and {kind} has {capability}"):
-        assert api._platforms_with_a_kernel(q, layer) == ["tpu"]
+        assert [kernel.platform for kernel in api._fitting_kernels(q, layer)] == ["tpu"]
 
 
 def test_without_the_triton_lowering(monkeypatch):
     monkeypatch.setattr(gpu, "gpu_kernel", None)
     q, _, _, layer, _ = arguments()
-    assert api._platforms_with_a_kernel(q, layer) == ["tpu"]
+    assert [kernel.platform for kernel in api._fitting_kernels(q, layer)] == ["tpu"]
     with pytest.raises(NotImplementedError, match="Triton"):
         gpu.check_supported(q, layer)
 
@@ -139,8 +140,12 @@ def test_auto_is_silent_elsewhere():
 def test_the_kernel_asked_for_says_what_it_does_not_take(platform, kernel):
     with pytest.raises(NotImplementedError, match="float32"):
         lower(platform, *arguments(dtype=jnp.float32), implementation=kernel)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="quantized layers only"):
         lower(platform, *arguments("bf16"), implementation=kernel)
+    *qkv, layer, lengths = arguments()
+    several = (jnp.repeat(x, 3, axis=1) for x in qkv)
+    with pytest.raises(NotImplementedError, match="one new token a row, not 3"):
+        lower(platform, *several, layer, lengths, implementation=kernel)
 
 
 def test_unknown_implementation(monkeypatch):
@@ -149,17 +154,16 @@ def test_unknown_implementation(monkeypatch):
         decode_attention(*arguments(), implementation="triton")
 
 
-@pytest.mark.parametrize("attend", [decode_attention, chunk_attention])
-def test_heads_of_one_kv_head(attend):
+@pytest.mark.parametrize("kv", ["kivi2-sinks", "bf16"])
+@pytest.mark.parametrize("new", [1, 2])
+def test_heads_of_one_kv_head(kv, new):
     """They attend what they attend among all heads."""
-    *qkv, layer, lengths = arguments(dtype=jnp.float32)
-    if attend is chunk_attention:
-        qkv = [jnp.stack([x, -x], axis=1) for x in qkv]
-    q, k, v = qkv
-    whole = jax.jit(attend)(q, k, v, layer, lengths)
-    own = (x[..., 2:3, :] for x in (k, v))
-    part = jax.jit(attend)(q[..., 4:6, :], *own, layer, lengths, first_kv_head=jnp.int32(2))
-    np.testing.assert_allclose(part, whole[..., 4:6, :], atol=1e-6)
+    *qkv, layer, lengths = arguments(kv, dtype=jnp.float32)
+    q, k, v = (jnp.concatenate([x, -x], axis=1)[:, :new] for x in qkv)
+    attend = jax.jit(decode_attention)
+    whole = attend(q, k, v, layer, lengths)
+    part = attend(q[:, :, 4:6], k, v, layer, lengths, Heads(kv_heads=1, first_kv_head=jnp.int32(2)))
+    np.testing.assert_allclose(part, whole[:, :, 4:6], atol=1e-6)
 
 
 def test_params_choose_for_the_decode_loop(tmp_path):

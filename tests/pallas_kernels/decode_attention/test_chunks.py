@@ -9,7 +9,8 @@ from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import xla
-from kivi_jax.pallas_kernels.decode_attention.api import chunk_attention, decode_attention
+from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
+from kivi_jax.pallas_kernels.heads import Heads
 from tests.numpy_kivi import KiviLists, softmax_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,20 +60,14 @@ class Rows:
 
 
 @jax.jit
-def attend_one(q, k, v, layer, lengths):
-    return decode_attention(q[:, 0], k[:, 0], v[:, 0], layer, lengths)[:, None]
-
-
-@jax.jit
 def store_one(layer, k, v, lengths, counts):
     layer = layer.append_token(k[:, 0], v[:, 0], lengths, counts > 0)
-    if not hasattr(layer, "flush"):
+    if layer.flush_every is None:
         return layer
-    residual = layer.config.residual_length
 
     def flush(row, layer):
         length = lengths[row] + counts[row]
-        due = (counts[row] > 0) & (length % residual == 0)
+        due = (counts[row] > 0) & (length % layer.flush_every == 0)
         return jax.lax.cond(
             due, lambda layer: layer.flush(row[None], length[None]), lambda layer: layer, layer
         )
@@ -105,12 +100,12 @@ def test_any_way_in_and_any_window_follows_the_rules(config, sliding_window):
     if not config.quantized:
         for lists in rows.lists:
             lists.residual_length = CAPACITY  # never reached, so all stays exact
-    rows.feed(PROMPT, LENGTH, jax.jit(chunk_attention), store_first)
+    rows.feed(PROMPT, LENGTH, jax.jit(decode_attention), store_first)
     for counts in CHUNKS:
-        rows.feed(counts, LENGTH, jax.jit(chunk_attention), store_chunk)
+        rows.feed(counts, LENGTH, jax.jit(decode_attention), store_chunk)
     for step in range(STEPS):
         counts = [1, 1, step % 2, int(step != 3)]
-        rows.feed(counts, 1, attend_one, store_one)
+        rows.feed(counts, 1, jax.jit(decode_attention), store_one)
 
 
 @pytest.mark.parametrize("config", [PRESETS["bf16"], KVConfig(2, 2, 32, 32)], ids=str)
@@ -122,8 +117,8 @@ def test_chunks_are_attended_in_blocks(monkeypatch, config):
     if not config.quantized:
         for lists in rows.lists:
             lists.residual_length = CAPACITY
-    rows.feed(PROMPT, LENGTH, jax.jit(chunk_attention), store_first)
-    rows.feed(CHUNKS[0], LENGTH, jax.jit(chunk_attention), store_chunk)
+    rows.feed(PROMPT, LENGTH, jax.jit(decode_attention), store_first)
+    rows.feed(CHUNKS[0], LENGTH, jax.jit(decode_attention), store_chunk)
     jax.clear_caches()
 
 
@@ -144,12 +139,11 @@ def test_position_biases(sliding_window):
         state = empty_state(1, 1, HEADS, 300, HEAD_DIM, config, jnp.float32, [sliding_window])
         lengths = jnp.asarray([280])
         layer = state.layers[0].store_prompt(jnp.asarray(k[:, :280]), jnp.asarray(v[:, :280]), lengths)
-        chunk = (jnp.asarray(x[:, 280:]) for x in (q, k, v))
-        out = chunk_attention(*chunk, layer, lengths, slopes)
-        np.testing.assert_allclose(out[0], expected[:, 280:].swapaxes(0, 1), atol=2e-6)
-        one = (jnp.asarray(x[:, 280]) for x in (q, k, v))
-        out = decode_attention(*one, layer, lengths, slopes)
-        np.testing.assert_allclose(out[0], expected[:, 280], atol=2e-6)
+        for new in (20, 1):
+            tokens = slice(280, 280 + new)
+            given = (jnp.asarray(x[:, tokens]) for x in (q, k, v))
+            out = decode_attention(*given, layer, lengths, Heads(slopes))
+            np.testing.assert_allclose(out[0], expected[:, tokens].swapaxes(0, 1), atol=2e-6)
 
 
 def test_chunk_makes_no_matrix_of_all_scores():
@@ -159,5 +153,5 @@ def test_chunk_makes_no_matrix_of_all_scores():
         layer = jax.eval_shape(lambda kv=kv: empty_state(1, 1, 8, 16384, 64, kv, jnp.float32).layers[0])
         q, k = (jax.ShapeDtypeStruct((1, 256, heads, 64), jnp.float32) for heads in (32, 8))
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-        memory = jax.jit(chunk_attention).lower(q, k, k, layer, lengths).compile().memory_analysis()
+        memory = jax.jit(decode_attention).lower(q, k, k, layer, lengths).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.25 * (32 * 256 * 16384 * 4)

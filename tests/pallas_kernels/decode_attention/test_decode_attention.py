@@ -63,6 +63,6 @@ def test_work_ends_at_the_longest_row():
     config = KVConfig(2, 2, 32, 32)
     layer, _ = stored(config, 2, 128, [40], 4096, dtype=jnp.float32)
     poisoned = dataclasses.replace(layer, v_scale=layer.v_scale.at[..., 2048:].set(jnp.nan))
-    q = jnp.ones((1, 2, 128))
+    q = jnp.ones((1, 1, 2, 128))
     out = decode_attention(q, q, q, poisoned, jnp.asarray([40]))
     assert np.isfinite(out).all()

@@ -14,7 +14,7 @@ import pytest
 from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
-from kivi_jax.pallas_kernels.decode_attention import gpu, gpu_codes, gpu_plan
+from kivi_jax.pallas_kernels.decode_attention import api, gpu, gpu_codes, gpu_plan
 from tests import decode_oracle
 from tests.decode_oracle import check_some_kv_heads, edges
 
@@ -148,6 +148,6 @@ def test_what_it_does_not_cover(change, message):
     settings = {"head_dim": 128, "dtype": jnp.bfloat16, "config": KIVI2} | change
     head_dim, dtype, config = settings.values()
     (layer,) = empty_state(1, 1, 2, 256, head_dim, config, dtype).layers
-    x = jnp.zeros((1, 2, head_dim), dtype)
+    x = jnp.zeros((1, 1, 2, head_dim), dtype)
     with pytest.raises(NotImplementedError, match=message):
-        gpu.decode_attention(x, x, x, layer, jnp.zeros(1, jnp.int32))
+        api.decode_attention(x, x, x, layer, jnp.zeros(1, jnp.int32), implementation="pallas_gpu")

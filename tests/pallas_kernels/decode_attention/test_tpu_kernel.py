@@ -15,7 +15,7 @@ import pytest
 from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
-from kivi_jax.pallas_kernels.decode_attention import tpu, tpu_plan
+from kivi_jax.pallas_kernels.decode_attention import api, tpu, tpu_plan
 from tests import decode_oracle
 from tests.decode_oracle import check_some_kv_heads, edges, stored
 
@@ -123,8 +123,8 @@ def test_places_without_tokens_may_hold_anything():
         k_scale=jnp.where(beyond[:, None, ::32, None], jnp.nan, layer.k_scale),
         k_zero=jnp.where(beyond[:, None, ::32, None], jnp.nan, layer.k_zero),
     )
-    q = jnp.ones((2, 4, 128), jnp.bfloat16)
-    k = v = jnp.ones((2, 2, 128), jnp.bfloat16)
+    q = jnp.ones((2, 1, 4, 128), jnp.bfloat16)
+    k = v = jnp.ones((2, 1, 2, 128), jnp.bfloat16)
     attend = jax.jit(lambda layer: decode_attention(q, k, v, layer, state.lengths))
     np.testing.assert_array_equal(attend(poisoned), attend(layer))
 
@@ -141,6 +141,6 @@ def test_what_it_does_not_cover(change, message):
     settings = {"head_dim": 128, "dtype": jnp.bfloat16, "config": KIVI2} | change
     head_dim, dtype, config = settings.values()
     (layer,) = empty_state(1, 1, 2, 256, head_dim, config, dtype).layers
-    x = jnp.zeros((1, 2, head_dim), dtype)
+    x = jnp.zeros((1, 1, 2, head_dim), dtype)
     with pytest.raises(NotImplementedError, match=message):
-        tpu.decode_attention(x, x, x, layer, jnp.zeros(1, jnp.int32))
+        api.decode_attention(x, x, x, layer, jnp.zeros(1, jnp.int32), implementation="pallas_tpu")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kivi_jax.pallas_kernels.heads import Heads
 from kivi_jax.pallas_kernels.prefill_attention import api, xla
 from kivi_jax.pallas_kernels.prefill_attention.api import prefill_attention
 from tests.numpy_kivi import softmax_attention
@@ -46,7 +47,7 @@ def test_splash_equals_direct_softmax(query_heads, heads, head_dim):
 @pytest.mark.parametrize("slopes", [None, (0.5, 0.0625, 0.03, 0.001)])
 def test_sliding_window_and_position_biases(sliding_window, slopes):
     q, k, v = random_qkv(700, 4, 2, 64)
-    out = jax.jit(prefill_attention, static_argnums=(3, 4))(q, k, v, sliding_window, slopes)
+    out = jax.jit(prefill_attention, static_argnums=3)(q, k, v, sliding_window, Heads(slopes))
     expected = direct(q, k, v, sliding_window=sliding_window, alibi_slopes=slopes)
     np.testing.assert_allclose(out, expected, atol=5e-6)  # biases are up to 44, to which scores are rounded
 
@@ -61,7 +62,7 @@ def test_splash_honours_the_sliding_window(sliding_window):
 @pytest.mark.parametrize("implementation", ["splash", "cudnn"])
 def test_kernels_without_position_biases_refuse_them(implementation):
     with pytest.raises(ValueError, match="no position biases"):
-        prefill_attention(*random_qkv(128, 4, 2, 64), alibi_slopes=(1.0,) * 4, implementation=implementation)
+        prefill_attention(*random_qkv(128, 4, 2, 64), heads=Heads((1.0,) * 4), implementation=implementation)
 
 
 def test_no_matrix_of_all_scores():
@@ -77,7 +78,7 @@ def test_no_matrix_of_all_scores():
 )
 def test_auto_is_splash_in_programs_for_a_tpu(length, slopes, kernels):
     q = jnp.zeros((1, length, 2, 128), jnp.bfloat16)
-    traced = jax.jit(prefill_attention, static_argnums=(3, 4)).trace(q, q, q, None, slopes)
+    traced = jax.jit(prefill_attention, static_argnums=3).trace(q, q, q, None, Heads(slopes))
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == kernels
     assert "@tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
@@ -111,7 +112,7 @@ def test_programs_for_other_devices_compile_beside_a_gpu(monkeypatch, slopes):
     monkeypatch.setattr(api, "nvidia_capability", lambda: 9.0)
     monkeypatch.setattr(api, "_cudnn_attention", gpu_only)
     q = jnp.zeros((1, 512, 2, 128), jnp.bfloat16)
-    traced = jax.jit(functools.partial(prefill_attention, alibi_slopes=slopes)).trace(q, q, q)
+    traced = jax.jit(functools.partial(prefill_attention, heads=Heads(slopes))).trace(q, q, q)
     for platform in ("cpu", "tpu"):
         traced.lower(lowering_platforms=(platform,))
     if slopes is None:

@@ -1,0 +1,68 @@
+"""What a model's layers call for attention: it attends, and stores the new keys and values.
+
+One function for each of whole prompts, chunks and single tokens. Each runs on one device's rows and heads: with
+`Partition.attend`, what comes first of their arguments becomes the `Attend` that models call.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kivi_jax.kv.buffers import finite, once_computed
+from kivi_jax.kv.layer import Layer
+from kivi_jax.pallas_kernels.decode_attention.api import Implementation, decode_attention
+from kivi_jax.pallas_kernels.heads import Heads
+from kivi_jax.pallas_kernels.prefill_attention.api import prefill_attention
+
+
+def attend_prompts(
+    q: Float[Array, "N T Hq D"],
+    k: Float[Array, "N T H D"],
+    v: Float[Array, "N T H D"],
+    layer: Layer,
+    heads: Heads,
+    lengths: Int[Array, " N"],
+    rows: Int[Array, " N"],
+) -> tuple[Float[Array, "N T Hq D"], Layer]:
+    """Prompts of `lengths` tokens attend themselves, and replace the N rows of `layer` from `rows[0]` on."""
+    out = prefill_attention(q, k, v, layer.sliding_window, heads)
+    before, layer = layer, layer.store_prompt(finite(k), finite(v), lengths, rows[0])
+    # The model goes on once all is stored: XLA would else keep every layer's keys and values until the end.
+    stored = jnp.ones_like(lengths, bool)
+    for old, array in zip(jax.tree.leaves(before), jax.tree.leaves(layer), strict=True):
+        if array is not old:  # what a short prompt leaves as it is may hold anything
+            first = jax.lax.dynamic_slice_in_dim(array[:, 0, 0, 0], rows[0], lengths.size)
+            stored = once_computed(stored, first)
+    return jnp.where(stored[:, None, None, None], out, jnp.nan), layer
+
+
+def attend_chunk(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    layer: Layer,
+    heads: Heads,
+    lengths: Int[Array, " B"],
+    counts: Int[Array, " B"],
+) -> tuple[Float[Array, "B T Hq D"], Layer]:
+    """`counts` new tokens attend themselves and the `lengths` stored ones, and are appended."""
+    out = decode_attention(q, k, v, layer, lengths, heads, "xla")
+    counts = jnp.where(once_computed(counts > 0, out), counts, 0)
+    return out, layer.append_chunk(finite(k), finite(v), lengths, counts)
+
+
+def attend_token(
+    implementation: Implementation,
+    q: Float[Array, "B 1 Hq D"],
+    k: Float[Array, "B 1 H D"],
+    v: Float[Array, "B 1 H D"],
+    layer: Layer,
+    heads: Heads,
+    lengths: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> tuple[Float[Array, "B 1 Hq D"], Layer]:
+    """One new token of each row attends itself and the `lengths` stored ones; those of `active` rows are appended."""
+    attended = jnp.where(active, lengths, 0)  # rows that have ended must not cost reads
+    out = decode_attention(q, k, v, layer, attended, heads, implementation)
+    return out, layer.append_token(finite(k[:, 0]), finite(v[:, 0]), lengths, once_computed(active, out))

@@ -1,0 +1,116 @@
+"""What the state needs of a layer's storage, and what attention reads of it."""
+
+import abc
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import jax
+from jax import Array
+from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Int
+
+from kivi_jax.kv.buffers import take_rows
+
+# `(start, count) -> tokens [B, count], keys [B, H, count, D], values [B, H, count, D]`
+Read = Callable[[int | Array, int], tuple[Array, Array, Array]]
+
+
+class Region(NamedTuple):
+    """A part of a layer's storage that has one token in each of its places.
+
+    Attributes:
+        size: the number of places.
+        used: the places from `used` on hold no row's tokens.
+        read: reads `count` places from `start` on. A token is negative where a place holds none to attend. Keys and
+            values are in the dtype in which they take part in products.
+        unit: `start` and `count` are multiples of it.
+        packed: whether `read` decodes: then not all of the region should be read at once.
+    """
+
+    size: int
+    used: int | Array
+    read: Read
+    unit: int = 1
+    packed: bool = False
+
+
+class Layer(abc.ABC):
+    """The keys and values of one layer of a model, for every row of a batch: a frozen pytree.
+
+    The lengths of the rows are the state's, and are passed to whatever depends on them. The methods that have a body
+    here are right for storage whose arrays are all `[B, H, ...]`.
+
+    Attributes:
+        packed: whether the decode kernels read it; they know the arrays of `QuantizedLayer`.
+        sliding_window: how many of the newest tokens are attended, the new one included; None for all.
+    """
+
+    packed: ClassVar[bool]
+    sliding_window: int | None
+
+    @property
+    @abc.abstractmethod
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def flush_every(self) -> int | None:
+        """A row is flushed whenever its length becomes a multiple of this, before its next token; None for never."""
+
+    @abc.abstractmethod
+    def store_prompt(
+        self,
+        k: Float[Array, "N T H D"],
+        v: Float[Array, "N T H D"],
+        lengths: Int[Array, " N"],
+        row: int | Array = 0,
+    ) -> "Layer":
+        """Replaces the N rows from `row` on by right-padded prompts of `lengths` tokens."""
+
+    @abc.abstractmethod
+    def append_token(
+        self,
+        k: Float[Array, "B H D"],
+        v: Float[Array, "B H D"],
+        lengths: Int[Array, " B"],
+        active: Bool[Array, " B"],
+    ) -> "Layer":
+        """Adds one token to the `active` rows, which hold `lengths` tokens before it."""
+
+    @abc.abstractmethod
+    def append_chunk(
+        self,
+        k: Float[Array, "B T H D"],
+        v: Float[Array, "B T H D"],
+        lengths: Int[Array, " B"],
+        counts: Int[Array, " B"],
+    ) -> "Layer":
+        """Adds `counts` of T tokens to rows of `lengths`, and flushes as often as adding them one by one would."""
+
+    @abc.abstractmethod
+    def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "Layer":
+        """Does what is due in `rows`, which now hold `lengths` tokens; several rows may include some beyond the batch,
+        which are left out.
+        """
+
+    @abc.abstractmethod
+    def regions(
+        self, lengths: Int[Array, " B"], of_heads: Callable[[Array], Array] = lambda x: x
+    ) -> tuple[Region, ...]:
+        """Everything that rows of `lengths` hold, each token in one place, of those KV heads that `of_heads` takes from
+        an array `[B, H, ...]`.
+        """
+
+    def take_rows(self, rows: Int[Array, " N"]) -> "Layer":
+        """These rows, of which one may be there several times."""
+        return jax.tree.map(lambda array: take_rows(array, rows), self)
+
+    def put_rows(self, layer: "Layer", row: int | Array) -> "Layer":
+        """Replaces the rows from `row` on by those of `layer`, which has fewer."""
+        return jax.tree.map(
+            lambda array, new: jax.lax.dynamic_update_slice_in_dim(array, new, row, axis=0), self, layer
+        )
+
+    def partition_spec(self, rows: str | None, heads: str | None) -> "Layer":
+        """How each array lies on a mesh, the batch over its axis `rows` and KV heads over its axis `heads`."""
+        return jax.tree.map(lambda _: PartitionSpec(rows, heads), self)

@@ -1,0 +1,114 @@
+"""A model as one self-describing pytree, and how functions of it are compiled."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from kivi_jax.models.decoder import Decoder
+from kivi_jax.models.registry import Config, abstract_model
+from kivi_jax.pallas_kernels.decode_attention.api import Implementation
+from kivi_jax.partition import Partition, make_partition
+from kivi_jax.promotion import with_usual_promotion
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights"],
+    meta_fields=[
+        "model_type",
+        "config",
+        "mesh",
+        "decode_attention",
+        "end_tokens",
+        "tokenizer",
+        "sampling_defaults",
+    ],
+)
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """A model: its weights, and all that is needed to run them and to read and write its texts.
+
+    Attributes:
+        weights: nested dictionaries of arrays, named as in the Flax module.
+        model_type: the key of its family in `FAMILIES`.
+        config: the family's configuration.
+        end_tokens: the ids that end a completion.
+        tokenizer: the folder with the tokenizer's files, if there is one.
+        sampling_defaults: `sampling` as pairs, which can be hashed.
+        mesh: the devices that the weights are split over and the KV state will be; None for a single one.
+        decode_attention: which implementation of it decodes; `dataclasses.replace(params, decode_attention="xla")`
+            keeps a TPU or GPU from running its kernel.
+    """
+
+    weights: Any
+    model_type: str
+    config: Config
+    end_tokens: tuple[int, ...] = ()
+    tokenizer: str | None = None
+    sampling_defaults: tuple[tuple[str, int | float], ...] = ()
+    mesh: Mesh | None = None
+    decode_attention: Implementation = "auto"
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling that the model's authors recommend, as in `generate(params, prompts, **params.sampling)`."""
+        return dict(self.sampling_defaults)
+
+    @property
+    def dtype(self) -> Any:
+        return jax.tree.leaves(self.weights)[0].dtype
+
+    def model(self) -> Decoder:
+        """The Flax module with these weights."""
+        graph, _ = abstract_model(self.model_type, self.config, self.dtype)
+        return nnx.merge(graph, self.weights)
+
+    def partition(self, batch: int) -> Partition:
+        """How a batch is spread over the mesh."""
+        return make_partition(self.config, self.mesh, batch)
+
+    def without_text(self) -> "Params":
+        """The model without what only its texts need: the part that compiled programs depend on."""
+        if not (self.end_tokens or self.tokenizer or self.sampling_defaults):
+            return self
+        return dataclasses.replace(self, end_tokens=(), tokenizer=None, sampling_defaults=())
+
+
+def jit_of_params(
+    function: Callable[Concatenate[Params, Arguments], Result],
+    *,
+    static_argnames: str | Iterable[str] = (),
+    donate_argnames: str | Iterable[str] = (),
+) -> Callable[Concatenate[Params, Arguments], Result]:
+    """`jax.jit` of a function whose first argument is the model, computed with JAX's usual promotion.
+
+    What only texts need is left out, so that another tokenizer or end token is not another compilation. Like what
+    `jax.jit` returns, this has `lower` and `trace`.
+    """
+    jitted: Any = jax.jit(
+        with_usual_promotion(function), static_argnames=static_argnames, donate_argnames=donate_argnames
+    )
+
+    def without_text(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def called(params: Params, *args: Any, **kwargs: Any) -> Any:
+            return call(params.without_text(), *args, **kwargs)
+
+        return called
+
+    compiled = without_text(jitted)
+    for name, value in {
+        "lower": without_text(jitted.lower),
+        "trace": without_text(jitted.trace),
+        "_cache_size": jitted._cache_size,
+    }.items():
+        setattr(compiled, name, value)
+    return compiled
