@@ -10,7 +10,7 @@ from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import xla
 from kivi_jax.pallas_kernels.decode_attention.api import chunk_attention, decode_attention
-from tests.numpy_kivi import KiviLists, softmax_attention
+from tools.oracle.numpy_kivi import KiviLists, softmax_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
