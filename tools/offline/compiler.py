@@ -108,7 +108,8 @@ def compile_in_subprocess(
     Args:
         target: "module:function" of a function that takes `device` and returns its `Target`.
         build: "module:function" of a function that takes the devices of the topology, and `arguments`, and yields
-            `Program`s. Both run in the subprocess, which has this one's `sys.path` and before it `path`.
+            `Program`s. Both run in the subprocess, which imports from the repository, then from `path` and then
+            from this process's `sys.path`.
         arguments: what JSON can write.
         environment: what to set besides, from the folder that the compiler may dump to.
         timeout: seconds for all of them.
