@@ -13,10 +13,10 @@ help: ## list the targets
 	@echo "Each installs what it needs into $(VENV); PYTHON= and VENV= choose another interpreter and folder."
 
 demo: $(RUNTIME) ## generate with the demo model from a 16-bit and a 2-bit cache
-	$(BIN)/python scripts/demo.py $(ARGS)
+	$(BIN)/python -m scripts.demo $(ARGS)
 
 test: $(DEV) ## run the tests; ARGS="-k name" passes options to pytest
-	-@$(BIN)/python scripts/gpu_wheels.py
+	-@$(BIN)/python -m tools.offline.gpu_wheels
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: $(DEV) ## check style and formatting

@@ -1,6 +1,6 @@
 """The demo model completes a few prompts from a 16-bit and from a 2-bit KV cache.
 
-    python scripts/demo.py
+    python -m scripts.demo
 
 Prints the texts, the generated tokens per second and the bytes of both KV states. The speeds leave out compilation:
 every run is made twice. On a model this small they are those of everything around the cache; the bytes are the point.

@@ -2,8 +2,8 @@
 
     python -m venv .venv-torch
     .venv-torch/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
-    .venv-torch/bin/python scripts/make_goldens.py            # writes tests/data/<variant>/
-    .venv-torch/bin/python scripts/make_goldens.py --out DIR --variants llama_mha qwen3
+    .venv-torch/bin/python -m scripts.make_goldens            # writes tests/data/<variant>/
+    .venv-torch/bin/python -m scripts.make_goldens --out DIR --variants llama_mha qwen3
 
 Only this script needs torch and transformers, and it imports nothing of kivi_jax. The same versions of them
 give the same files.

@@ -1,6 +1,6 @@
 """Measures how far kivi_jax is from Hugging Face transformers, whose results `scripts/make_goldens.py` recorded.
 
-    python scripts/parity_report.py              # the table in docs/models.md
+    python -m scripts.parity_report              # the table in docs/models.md
 
 Everything is float32. Torch ran every row alone and unpadded; here the rows are one ragged, right-padded batch.
 `alone` is the model without a KV state, over whole rows with the attention written out below, so that an error there

@@ -1,6 +1,6 @@
 """What the options of a KV cache recover where low-bit keys do harm, on synthetic models: nothing is downloaded.
 
-    python scripts/quality_guards.py
+    python -m scripts.quality_guards
 
 Every scenario is a Qwen2 of random weights (4 layers, 4 query and 2 KV heads of 64 channels, RoPE's base 1e6, scores
 with a standard deviation of 1.5), the same but for what it is named after:
@@ -36,10 +36,10 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import kivi_jax
-from evaluate_demo import BASELINE, teacher_forced_logits
 from kivi_jax import KVConfig
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.kv.state import empty_state
+from tools.teacher_forcing import BASELINE, teacher_forced_logits
 
 SCENARIOS = ("plain", "key biases", "sinks")
 EDGES = {0: BASELINE, -1: BASELINE}

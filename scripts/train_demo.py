@@ -1,8 +1,8 @@
 """Trains the demo model: a small Llama on the standard library's text and on long-range recall.
 
-    python scripts/train_demo.py                  # goes on from the last checkpoint, exports at the end
-    python scripts/train_demo.py --export-only    # writes the last checkpoint in Hugging Face format
-    python scripts/train_demo.py --smoke --checkpoints DIR --export DIR
+    python -m scripts.train_demo                  # goes on from the last checkpoint, exports at the end
+    python -m scripts.train_demo --export-only    # writes the last checkpoint in Hugging Face format
+    python -m scripts.train_demo --smoke --checkpoints DIR --export DIR
 
 Rows are spread over all devices, whose number must divide them; on an accelerator raise rows and steps of `--stages`.
 """
@@ -28,13 +28,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import kivi_jax
-from demo_data import Corpus, RowSampler, load_documents, train_tokenizer
-from demo_export import export, model_card, restored_params
-from demo_init import initial_params
-from demo_model import forward, measure, token_losses
-from demo_settings import DEFAULT_STAGES, Params, Stage, Training
-from evaluate_demo import evaluation_table
 from kivi_jax.models.llama import LlamaConfig
+from tools.demo_model.data import Corpus, RowSampler, load_documents, train_tokenizer
+from tools.demo_model.evaluation import evaluation_table
+from tools.demo_model.export import export, model_card, restored_params
+from tools.demo_model.init import initial_params
+from tools.demo_model.model import forward, measure, token_losses
+from tools.demo_model.settings import DEFAULT_STAGES, Params, Stage, Training
 
 LOG = logging.getLogger("train_demo")
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 import jax
 from jax import Array
 
-from gpu_compiler import CompiledForGPU
-from gpu_programs import ATTEND, MERGE
 from kivi_jax.kv import KVState, kv_bytes
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import rows_of_program
-from offline_compiler import Compiled, Program
-from programs import Attention
 from tests.hlo import Module
+from tools.offline.compiler import Compiled, Program
+from tools.offline.decode_programs import Attention
+from tools.offline.gpu_compiler import CompiledForGPU
+from tools.offline.gpu_programs import ATTEND, MERGE
 
 C = TypeVar("C", bound=Compiled)
 

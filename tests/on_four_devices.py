@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import Mesh
 
 import kivi_jax
-import mesh_report
-from abstract_models import abstract_decoding, abstract_params
+from benchmarks import mesh as mesh_report
+from benchmarks.mesh import collectives, compile_decode_loop
 from kivi_jax import KVConfig
 from kivi_jax.decoding import decode_step
 from kivi_jax.kv import kv_bytes
@@ -21,7 +21,7 @@ from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import abstract_model
 from kivi_jax.partition import make_partition
 from kivi_jax.weights import abstract_weights, flat, nested
-from mesh_report import collectives, compile_decode_loop
+from tools.offline.abstract_models import abstract_decoding, abstract_params
 
 MODEL = Mesh(jax.devices(), ("model",))
 BOTH = Mesh(np.reshape(jax.devices(), (2, 2)), ("data", "model"))

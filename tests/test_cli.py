@@ -233,7 +233,9 @@ def test_no_stderr_is_needed():
     assert len(json.loads(result.stdout)["tokens"]) == 2
 
 
-@pytest.mark.parametrize("program", [["-m", "kivi_jax.cli", "generate", "--prompt=x"], ["scripts/demo.py"]])
+@pytest.mark.parametrize(
+    "program", [["-m", "kivi_jax.cli", "generate", "--prompt=x"], ["-m", "scripts.demo"]]
+)
 def test_damaged_weights_give_no_traceback(tmp_path, program):
     folder = write_checkpoint(tmp_path)
     file = folder / "model.safetensors"

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import kivi_jax
-import memory_report
-from abstract_models import MODELS
+from benchmarks.memory import decode_loop_memory
 from kivi_jax import KVConfig
 from kivi_jax.decoding import PREFILL_TOKENS
 from tests.checkpoints import TINY, random_tensors, write_checkpoint
-from tests.dequantized import read_codes
-from tests.numpy_kivi import NumpyLlama
+from tools.offline.abstract_models import MODELS
+from tools.oracle.dequantized import read_codes
+from tools.oracle.numpy_kivi import NumpyLlama
 
 
 def ragged_prompts(lengths):
@@ -343,7 +343,7 @@ def test_step_takes_one_token_a_row(tiny, shape, monkeypatch):
 def test_decode_loop_updates_the_state_in_place(kv):
     """Llama 3.2 1B in shape: temporaries are a small part of the state, and all of the state is aliased."""
     shape = MODELS["llama-3.2-1b"]
-    memory = memory_report.decode_loop_memory(shape, kv, batch=16, capacity=4096, dtype="float32")
+    memory = decode_loop_memory(shape, kv, batch=16, capacity=4096, dtype="float32")
     assert memory.aliased >= memory.state
     assert memory.temporaries < 0.05 * memory.state
 

@@ -17,7 +17,7 @@ import tqdm as progress
 from safetensors.numpy import load_file
 
 import kivi_jax
-import loading_report
+from benchmarks import loading
 from kivi_jax import CheckpointError
 from kivi_jax.loading import DEMO_FOLDER, HUB_FILES
 from kivi_jax.models.registry import FAMILIES
@@ -348,19 +348,19 @@ def test_a_mesh_needs_a_model_axis(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_beside_the_model(tmp_path):
-    largest = loading_report.write_checkpoint(tmp_path, hidden=1024, layers=8, vocab=32000, shards=2)
-    measured = loading_report.measure(tmp_path, loading_report.Case("bfloat16"))
-    parameters = sum(np.prod(shape) for _, shape in loading_report.shapes(1024, 8, 32000))
+    largest = loading.write_checkpoint(tmp_path, hidden=1024, layers=8, vocab=32000, shards=2)
+    measured = loading.measure(tmp_path, loading.Case("bfloat16"))
+    parameters = sum(np.prod(shape) for _, shape in loading.shapes(1024, 8, 32000))
     assert measured.model == 2 * parameters
     assert measured.model <= measured.peak < measured.model + largest
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_report_prints_every_case(monkeypatch, capsys):
-    cases = (loading_report.Case("float32"), loading_report.Case("bfloat16", devices=4, converted=True))
-    monkeypatch.setattr(loading_report, "CASES", cases)
-    loading_report.main(hidden=512, layers=1, vocab=4096, shards=2)
+    cases = (loading.Case("float32"), loading.Case("bfloat16", devices=4, converted=True))
+    monkeypatch.setattr(loading, "CASES", cases)
+    loading.main(hidden=512, layers=1, vocab=4096, shards=2)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
-    mebibytes = sum(np.prod(shape) for _, shape in loading_report.shapes(512, 1, 4096)) / 2**20
+    mebibytes = sum(np.prod(shape) for _, shape in loading.shapes(512, 1, 4096)) / 2**20
     assert [row[:3] for row in rows] == [["safetensors", "float32", "1"], ["orbax", "bfloat16", "4"]]
     assert [int(row[3]) for row in rows] == [round(4 * mebibytes), round(2 * mebibytes)]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kivi_jax.kv import dequantize_keys, dequantize_values, quantize_keys, quantize_values
-from tests.numpy_kivi import fake_quantize
+from tools.oracle.numpy_kivi import fake_quantize
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 

@@ -12,7 +12,7 @@ from kivi_jax.kv import KVConfig, buffers, dequantize_keys, dequantize_values, k
 from kivi_jax.kv import state as kv_state
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import advance, empty_state
-from tests.numpy_kivi import fake_quantize
+from tools.oracle.numpy_kivi import fake_quantize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

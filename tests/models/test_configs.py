@@ -21,7 +21,7 @@ from kivi_jax.models.rope import (
     inverse_frequencies,
     rotary_angles,
 )
-from parity_report import GOLDENS
+from scripts.parity_report import GOLDENS
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LLAMA3_ROPE = {

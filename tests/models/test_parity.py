@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import kivi_jax
-import parity_report
-from parity_report import GOLDENS, Golden, equal_completions, error_alone, errors_cached, read_golden
+from scripts import parity_report
+from scripts.parity_report import GOLDENS, Golden, equal_completions, error_alone, errors_cached, read_golden
 
 TOLERANCE = 1e-4
 NAMES = sorted(file.parent.name for file in GOLDENS.glob("*/goldens.npz"))
@@ -55,7 +55,7 @@ def test_greedy_completions(golden: Golden):
 
 def test_report_prints_a_row_a_checkpoint(tmp_path: Path, capsys, monkeypatch):
     shutil.copytree(GOLDENS / "llama_mha", tmp_path / "some_llama")
-    monkeypatch.setattr("sys.argv", ["parity_report.py", "--folder", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["scripts.parity_report", "--folder", str(tmp_path)])
     parity_report.main()
     *_, row = capsys.readouterr().out.splitlines()
     assert row.startswith("| `some_llama` | 7, 130, 1, 40 | 24 |")

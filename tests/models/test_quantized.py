@@ -1,4 +1,4 @@
-"""Every family through quantized caches, against a state decoded to float32 (see `tests/dequantized.py`).
+"""Every family through quantized caches, against a state decoded to float32 (see `tools/oracle/dequantized.py`).
 
 The oracle attends the codes that the library made, so that nothing depends on how a near tie was rounded. That the
 codes stand for the right keys and values is tested beside it: they lie within half a code of the exact ones.
@@ -16,8 +16,8 @@ import pytest
 import kivi_jax
 from kivi_jax import KVConfig
 from kivi_jax.kv.config import resolve_kv
-from parity_report import GOLDENS, logits_alone, read_golden
-from tests.dequantized import attend_decoded, decode_state
+from scripts.parity_report import GOLDENS, logits_alone, read_golden
+from tools.oracle.dequantized import attend_decoded, decode_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

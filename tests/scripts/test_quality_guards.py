@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 import kivi_jax
-from quality_guards import OPTIONS, SCENARIOS, damages, random_texts, write_model
+from scripts.quality_guards import OPTIONS, SCENARIOS, damages, random_texts, write_model
 
 COMPARED = ("kivi4", "kivi-k4v2", "kivi2", "kivi2-sinks", "kivi2-edges")
 

@@ -11,7 +11,7 @@ from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import xla
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 from kivi_jax.pallas_kernels.heads import Heads
-from tests.numpy_kivi import KiviLists, softmax_attention
+from tools.oracle.numpy_kivi import KiviLists, softmax_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,8 +12,8 @@ from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.pallas_kernels.decode_attention import xla
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
-from tests import decode_oracle
-from tests.decode_oracle import stored
+from tools.oracle import decode_attention as decode_oracle
+from tools.oracle.decode_attention import stored
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,14 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-import gpu_wheels
-from gpu_compiler import GPUS, CompiledForGPU, compile_programs
-from gpu_programs import ATTEND, MERGE, tile_loop
 from kivi_jax.kv import kv_bytes
 from kivi_jax.pallas_kernels.decode_attention import gpu
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import TILE
-from offline_compiler import Program
-from programs import Attention, loop_state
 from tests.compiled import (
     arrays_not_read,
     changing_arrays,
@@ -24,9 +19,15 @@ from tests.compiled import (
     check_memory,
     succeeded,
 )
+from tools.offline import gpu_wheels
+from tools.offline.compiler import Program
+from tools.offline.decode_programs import Attention, loop_state
+from tools.offline.gpu_compiler import GPUS, CompiledForGPU, compile_programs
+from tools.offline.gpu_programs import ATTEND, MERGE, tile_loop
 
 pytestmark = pytest.mark.skipif(
-    not gpu_wheels.installed(), reason="what compiles for GPUs is not installed; see scripts/gpu_wheels.py"
+    not gpu_wheels.installed(),
+    reason="what compiles for GPUs is not installed; see tools/offline/gpu_wheels.py",
 )
 
 KERNELS = {
@@ -67,7 +68,7 @@ ON_EVERY_GPU = [(name, case) for name in GPUS for case in (KERNELS if name == AL
 def compile_kernels(name: str) -> dict[str, CompiledForGPU | str]:
     names = KERNELS if name == ALL else KERNELS_ELSEWHERE
     cases = {case: dataclasses.asdict(KERNELS[case]) for case in names}
-    return compile_programs(name, "gpu_programs:kernels", cases=cases)
+    return compile_programs(name, "tools.offline.gpu_programs:kernels", cases=cases)
 
 
 @pytest.mark.parametrize(("name", "case"), ON_EVERY_GPU)
@@ -83,7 +84,7 @@ def test_main_loop_stays_cheap():
 
 
 def test_decode_loop_updates_the_state_in_place():
-    (result,) = compile_programs(ALL, "programs:decode_loops", cases={"": LOOP}).values()
+    (result,) = compile_programs(ALL, "tools.offline.decode_programs:decode_loops", cases={"": LOOP}).values()
     compiled = succeeded(result)
     assert {ATTEND, MERGE} <= compiled.kernels.keys()
     check_loop(compiled, loop_state(**LOOP))
@@ -92,7 +93,7 @@ def test_decode_loop_updates_the_state_in_place():
 def test_decode_loop_updates_an_unquantized_state_in_place():
     """Which XLA attends, and would rather have with the tokens of a head next to each other."""
     case = LOOP | {"kv": "bf16"}
-    (result,) = compile_programs(ALL, "programs:decode_loops", cases={"": case}).values()
+    (result,) = compile_programs(ALL, "tools.offline.decode_programs:decode_loops", cases={"": case}).values()
     check_memory(succeeded(result), loop_state(**case))
 
 
@@ -100,7 +101,9 @@ def test_decode_loop_updates_an_unquantized_state_in_place():
 def test_prefill_fills_the_state_in_place(kv):
     """Eight groups of rows, one after the other; each needs its activations and nothing of the state's size."""
     case = LOOP | {"kv": kv, "batch": 64, "capacity": 4096}
-    (result,) = compile_programs(ALL, "programs:prefills", cases={"": case | {"prompt": 512}}).values()
+    (result,) = compile_programs(
+        ALL, "tools.offline.decode_programs:prefills", cases={"": case | {"prompt": 512}}
+    ).values()
     assert succeeded(result).temporary_bytes <= 0.15 * kv_bytes(loop_state(**case | {"kv": "bf16"}))
 
 

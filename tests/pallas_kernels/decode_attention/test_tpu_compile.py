@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-import tpu_programs
-import tpu_report
+from benchmarks import tpu_report
 from kivi_jax.pallas_kernels.decode_attention import tpu
-from offline_compiler import Compiled, Program
-from programs import Attention, loop_state
 from tests.compiled import arrays_not_read, changing_arrays, check_loop, succeeded
-from tpu_compiler import CHIPS, compile_programs
+from tools.offline import tpu_programs
+from tools.offline.compiler import Compiled, Program
+from tools.offline.decode_programs import Attention, loop_state
+from tools.offline.tpu_compiler import CHIPS, compile_programs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed"
@@ -92,14 +92,14 @@ def on_every_chip(all_names: Iterable[str], elsewhere: Iterable[str]) -> list[tu
 def compile_kernels(chip: str) -> dict[str, Compiled | str]:
     names = KERNELS if chip == ALL else KERNELS_ELSEWHERE
     cases = {name: dataclasses.asdict(KERNELS[name]) for name in names}
-    return compile_programs(chip, "tpu_programs:kernels", cases=cases)
+    return compile_programs(chip, "tools.offline.tpu_programs:kernels", cases=cases)
 
 
 @functools.cache
 def compile_loops(chip: str) -> dict[str, Compiled | str]:
     names = LOOPS if chip == ALL else LOOPS_ELSEWHERE
     cases = {name: {"batch": LOOP_ROWS, "capacity": LOOP_CAPACITY, **LOOPS[name]} for name in names}
-    return compile_programs(chip, "programs:decode_loops", cases=cases)
+    return compile_programs(chip, "tools.offline.decode_programs:decode_loops", cases=cases)
 
 
 @pytest.mark.parametrize(("chip", "name"), on_every_chip(KERNELS, KERNELS_ELSEWHERE))
@@ -137,7 +137,7 @@ def test_a_copied_array_is_seen():
 def test_main_loop_stays_cheap():
     case = KERNELS["llama-3"]
     compiled = compile_programs(
-        "v5e", "tpu_programs:kernels", schedules=True, cases={"": dataclasses.asdict(case)}
+        "v5e", "tools.offline.tpu_programs:kernels", schedules=True, cases={"": dataclasses.asdict(case)}
     )
     (schedule,) = succeeded(compiled[""]).schedules.values()
     cost = tpu_report.Cost.of(tpu_programs.plan_of(case, "v5e"), schedule)

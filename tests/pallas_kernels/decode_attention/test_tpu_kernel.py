@@ -16,8 +16,8 @@ from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import api, tpu, tpu_plan
-from tests import decode_oracle
-from tests.decode_oracle import check_some_kv_heads, edges, stored
+from tools.oracle import decode_attention as decode_oracle
+from tools.oracle.decode_attention import check_some_kv_heads, edges, stored
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

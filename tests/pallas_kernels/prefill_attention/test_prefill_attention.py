@@ -12,7 +12,7 @@ import pytest
 from kivi_jax.pallas_kernels.heads import Heads
 from kivi_jax.pallas_kernels.prefill_attention import api, xla
 from kivi_jax.pallas_kernels.prefill_attention.api import prefill_attention
-from tests.numpy_kivi import softmax_attention
+from tools.oracle.numpy_kivi import softmax_attention
 
 
 def random_qkv(length, query_heads, heads, head_dim):

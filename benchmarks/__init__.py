@@ -1,0 +1,1 @@
+"""What measures speed and memory, and what was measured on devices."""

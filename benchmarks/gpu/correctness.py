@@ -1,0 +1,149 @@
+"""Decode attention on the device against the oracle, a float64 softmax over independently decoded codes.
+
+Rows of one batch lie around the edges of the ring and of the kernel's tiles; one is empty, as rows that have ended are.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu.worker import Record, reason, serve
+from kivi_jax.attention import decode_attention
+from kivi_jax.kv import KVConfig
+from tools.oracle.decode_attention import NMSE, oracle, stored
+
+WRONG = 1e9  # an error that is no number
+
+LLAMA2, LLAMA3, LLAMA3_70B, FALCON = (32, 32, 128), (32, 8, 128), (64, 8, 128), (71, 1, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compiled kernel.
+
+    Attributes:
+        shape: query heads, KV heads, head_dim.
+        kv: how the layer stores keys and values.
+        dtype: of activations, scales and zeros.
+        capacity: tokens that a row can hold.
+        sliding_window: of the layer.
+        alibi: whether scores have position biases.
+    """
+
+    shape: tuple[int, int, int]
+    kv: KVConfig
+    dtype: str = "bfloat16"
+    capacity: int = 1100
+    sliding_window: int | None = None
+    alibi: bool = False
+
+    @property
+    def name(self) -> str:
+        kv = self.kv
+        parts = [
+            "/".join(map(str, self.shape)),
+            f"k{kv.key_bits}v{kv.value_bits} G={kv.group_size} R={kv.residual_length}",
+            self.dtype,
+            f"capacity {self.capacity}",
+            f"sinks {kv.sink_tokens}" if kv.sink_tokens else "",
+            f"window {self.sliding_window}" if self.sliding_window else "",
+            "ALiBi" if self.alibi else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of rows on both sides of every edge."""
+        residual = self.kv.residual_length
+        edges = [residual, residual + 256, residual + 512, self.sliding_window or residual]
+        around = [edge + i for edge in edges for i in (-1, 0, 1)]
+        last = self.capacity - 1
+        return sorted({0, 1, last, 3 * last // 4, *(min(length, last) for length in around)})
+
+    @property
+    def slopes(self) -> tuple[float, ...] | None:
+        heads = self.shape[0]
+        return tuple(2.0 ** (-8 * (i + 1) / heads) for i in range(heads)) if self.alibi else None
+
+
+def first() -> Iterator[Case]:
+    """What the other measurements run."""
+    kivi2 = KVConfig(2, 2)
+    for shape in (LLAMA3, LLAMA2, FALCON):
+        yield Case(shape, kivi2)
+    yield Case(LLAMA3, KVConfig(4, 4))
+    yield Case(LLAMA2, dataclasses.replace(kivi2, residual_length=32))
+
+
+def whole() -> Iterator[Case]:
+    """Every shape with every pair of bits, and of what else varies, each with few shapes."""
+    kivi2, kivi4 = KVConfig(2, 2), KVConfig(4, 4)
+    for shape in (LLAMA3, LLAMA2, LLAMA3_70B, FALCON):
+        for bits in ((2, 2), (4, 4), (4, 2), (2, 4)):
+            yield Case(shape, KVConfig(*bits))
+        yield Case(shape, kivi2, "float16")
+    yield Case(LLAMA3, kivi4, "float16")
+    for kv in (kivi2, kivi4):
+        yield Case(LLAMA3, kv, capacity=8300)
+        for sizes in ((32, 32), (64, 64), (64, 128), (128, 128)):
+            yield Case(LLAMA3, dataclasses.replace(kv, group_size=sizes[0], residual_length=sizes[1]))
+        for sizes in ((32, 32), (64, 128)):
+            yield Case(FALCON, dataclasses.replace(kv, group_size=sizes[0], residual_length=sizes[1]))
+    for window, sinks in ((20, 0), (128, 5), (300, 0), (5000, 5)):
+        yield Case(LLAMA3, KVConfig(2, 2, residual_length=32, sink_tokens=sinks), sliding_window=window)
+    yield Case(LLAMA3, KVConfig(2, 2, sink_tokens=4))
+    for shape in (LLAMA3, FALCON):
+        yield Case(shape, kivi2, alibi=True)
+
+
+def small() -> Iterator[Case]:
+    """For a CPU."""
+    yield Case((4, 2, 64), KVConfig(2, 2), capacity=300)
+    yield Case((3, 1, 128), KVConfig(4, 2, residual_length=32, sink_tokens=5), "float16", 300, 70, True)
+
+
+GRIDS = {"first": first, "whole": whole, "small": small}
+
+
+def measure(kernel: str, grid: str, threads: int, skip: list[str]) -> Iterator[Record]:
+    """A record for each case of the grid whose name `skip` does not list, as `threads` threads get them done."""
+    cases = [case for case in GRIDS[grid]() if case.name not in skip]
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(lambda case: check(case, kernel), cases)
+
+
+def check(case: Case, kernel: str) -> Record:
+    record: Record = {"part": "correctness", "case": case.name}
+    try:
+        errors = row_errors(case, kernel)
+    except Exception as error:  # whatever it is, the other cases are of interest
+        return record | {"error": reason(error)}
+    worst = max(errors.values())
+    return record | {"nmse": errors, "worst": worst, "passed": bool(worst <= NMSE)}
+
+
+def row_errors(case: Case, kernel: str) -> dict[int, float]:
+    """The normalised mean squared error of each row, by its length."""
+    query_heads, kv_heads, head_dim = case.shape
+    dtype = jnp.dtype(case.dtype)
+    window = case.sliding_window
+    layer, state = stored(case.kv, kv_heads, head_dim, case.lengths, case.capacity, window, dtype)
+    generator = np.random.default_rng(1)
+    rows = len(case.lengths)
+    q = jnp.asarray(generator.standard_normal((rows, query_heads, head_dim)), dtype)
+    k, v = jnp.asarray(generator.standard_normal((2, rows, kv_heads, head_dim)), dtype)
+    attend = jax.jit(lambda *args: decode_attention(*args, case.slopes, implementation=kernel))
+    out = np.asarray(attend(q, k, v, layer, state.lengths), np.float64)
+    expected = oracle(q, k, v, state, window, case.slopes)
+    errors = ((out - expected) ** 2).sum((1, 2)) / (expected**2).sum((1, 2))
+    # Not a number would compare with nothing, and JSON has none.
+    errors = np.nan_to_num(errors, nan=WRONG, posinf=WRONG)
+    return dict(zip(case.lengths, errors.tolist(), strict=True))
+
+
+if __name__ == "__main__":
+    serve(measure)

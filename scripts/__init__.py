@@ -1,0 +1,1 @@
+"""Programs for users of a checkout, run from its root: `python -m scripts.demo`."""

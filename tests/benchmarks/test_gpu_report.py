@@ -1,0 +1,41 @@
+"""What the GPU report makes of compiled kernels."""
+
+from benchmarks import gpu_report
+from tools.offline import gpu_compiler
+from tools.offline.gpu_schedule import Loop, Schedule
+from tools.report_page import replace_section
+
+
+def test_programs_of_a_multiprocessor():
+    kernel = gpu_compiler.Kernel((8, 20, 1), 64, 255, 520, 784, 736, 1024 + 16, Schedule(()))
+    # Two warps of 255 registers, which take 256 × 32 each, of 65536.
+    assert gpu_report.programs_at_once("h100", kernel) == 4
+
+
+def test_cost_of_256_tokens_of_a_head(monkeypatch):
+    case = gpu_report.Case("Falcon 7B")
+    outside = Loop(0, {"MOV": 9}, {"alu": 9}, skipped=0)
+    tiles = Loop(1, {"LOP3": 1000, "HMMA": 1000}, {"alu": 1000, "tensor": 1000}, skipped=0)
+    channels = Loop(2, {"LOP3": 1000}, {"alu": 1000}, skipped=0)  # two passes of 32
+    kernel = gpu_compiler.Kernel((5, 20, 1), 32, 255, 0, 0, 0, 8192, Schedule((outside, tiles, channels)))
+    result = gpu_compiler.CompiledForGPU(
+        0, 0, 0, 0, "", kernels={gpu_report.ATTEND: kernel}, others=frozenset()
+    )
+    monkeypatch.setattr(gpu_report, "compiled", lambda gpu: {case: result})
+    (row,) = gpu_report._cost_rows()
+    bytes_per_cycle = 3.35232e12 / 132 / 1.755e9
+    assert row[-7:] == [
+        "5000",  # 71 query heads are 5 programs, on 4 schedulers
+        "alu",
+        "7500",
+        f"{256 * 64 * 2 * 3 / 8 / bytes_per_cycle:.0f}",  # 3.0 bits a value
+        f"{256 * 64 * 2 * 2 / bytes_per_cycle:.0f}",
+        "5.3",
+        f"{256 * 64 * 2 * 2 / bytes_per_cycle / 7500:.1f}",
+    ]
+
+
+def test_the_page_has_every_section():
+    page = gpu_report.PAGE.read_text()
+    for name in gpu_report.SECTIONS:
+        assert replace_section(page, name, ["new"]) != page

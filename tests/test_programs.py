@@ -1,0 +1,68 @@
+"""The programs of scripts/, benchmarks/ and tools/ start as modules, and imports among these packages go one way."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+IMPORTED = {
+    "scripts": {"tools"},
+    "benchmarks": {"benchmarks", "tools"},
+    "tools": {"tools"},
+    "kivi_jax": set(),
+    "models": set(),
+    "pallas_kernels": set(),
+}
+OF_THIS_REPOSITORY = {"scripts", "benchmarks", "tools", "tests"}
+# Runs each module as `python -m` would, in one process, so that JAX is imported once.
+HELP = """
+import contextlib, io, runpy, sys
+for name in sys.argv[1:]:
+    sys.argv, printed = [name, "--help"], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, name
+    assert "usage:" in printed.getvalue().lower(), name
+"""
+
+
+def sources(package: str) -> Iterator[tuple[str, str]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path.read_text()
+
+
+def programs() -> list[str]:
+    """All but those that wait for a job from another program."""
+    found = [source for package in ("scripts", "benchmarks", "tools") for source in sources(package)]
+    return [
+        name.removesuffix(".__main__")
+        for name, text in found
+        if '__name__ == "__main__"' in text and "    serve(" not in text
+    ]
+
+
+def test_every_program_says_how_to_use_it():
+    names = programs()
+    assert {"scripts.demo", "benchmarks.gpu", "benchmarks.tpu_report", "tools.offline.gpu_wheels"} <= {*names}
+    if importlib.util.find_spec("torch") is None:
+        names.remove("scripts.make_goldens")
+    command = [sys.executable, "-c", HELP, *names]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("package", IMPORTED)
+def test_imports_go_one_way(package):
+    for name, text in sources(package):
+        nodes = list(ast.walk(ast.parse(text)))
+        modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        packages = {module.partition(".")[0] for module in modules}
+        assert packages & OF_THIS_REPOSITORY <= IMPORTED[package], name

@@ -1,0 +1,1 @@
+"""What programs, benchmarks and tests share."""

@@ -1,0 +1,1 @@
+"""How the demo model is made: its text, its training, its evaluation and its export."""

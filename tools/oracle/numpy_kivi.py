@@ -1,0 +1,144 @@
+"""The original's rules, token by token in NumPy: lists of quantized and exact keys and values, and a Llama over them.
+
+Written from the paper's reference behaviour, and shares nothing with the library.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+Tensors = dict[str, np.ndarray]
+
+
+def fake_quantize(x: np.ndarray, bits: int, group_size: int, axis: int, nudge: float = 0.0) -> np.ndarray:
+    """What a quantized `x` decodes to, with groups of `group_size` along `axis`.
+
+    `nudge` is added before rounding: values that lie half-way between two codes can fall on either side, as the last
+    bit of whatever computed them decides.
+    """
+    moved = np.moveaxis(x, axis, -1)
+    groups = moved.reshape(*moved.shape[:-1], moved.shape[-1] // group_size, group_size)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    scale = ((high - low) / np.float32(2**bits - 1)).astype(np.float32)
+    steps = np.divide(groups - low, scale, out=np.zeros_like(groups), where=scale > 0)
+    decoded = np.rint(np.clip(steps + np.float32(nudge), 0, 2**bits - 1)) * scale + low
+    return np.moveaxis(decoded.reshape(moved.shape), -1, axis).astype(np.float32)
+
+
+@dataclasses.dataclass
+class KiviLists:
+    """Keys and values `[H, T, D]` of one layer of one sequence, the quantized ones as they decode.
+
+    The first `sink_tokens` tokens decode to themselves and are no part of their groups: for the keys' range, the first
+    token after them stands in. A token attends the newest `sliding_window` ones, itself included.
+    """
+
+    key_bits: int
+    value_bits: int
+    group_size: int
+    residual_length: int
+    sink_tokens: int = 0
+    sliding_window: int | None = None
+    nudge: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.k: list[np.ndarray] = []  # one [H, D] a token
+        self.v: list[np.ndarray] = []
+        self.quantized_keys = self.quantized_values = 0
+
+    def extend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Attention of T new tokens, q `[Hq, T, D]`, k and v `[H, T, D]`, which are stored afterwards.
+
+        Stored tokens are attended as they decode, the new ones exactly: a whole prompt, a chunk, or one token.
+        """
+        self.k += list(k.swapaxes(0, 1))
+        self.v += list(v.swapaxes(0, 1))
+        all_k, all_v = np.stack(self.k, axis=1), np.stack(self.v, axis=1)
+        out = softmax_attention(q, all_k, all_v, sliding_window=self.sliding_window)
+        length = len(self.k)
+        while length - self.quantized_keys >= self.residual_length:
+            start, end = self.quantized_keys, self.quantized_keys + self.residual_length
+            ranged = np.stack(self.k[start:end], axis=1)
+            exact = max(self.sink_tokens - start, 0)
+            ranged[:, :exact] = ranged[:, min(exact, self.residual_length - 1), None]
+            decoded = fake_quantize(ranged, self.key_bits, self.group_size, axis=1, nudge=self.nudge)
+            self.k[start + exact : end] = list(decoded.swapaxes(0, 1))[exact:]
+            self.quantized_keys = end
+        while length - self.quantized_values > self.residual_length:
+            token = self.quantized_values
+            if token >= self.sink_tokens:
+                self.v[token] = fake_quantize(
+                    self.v[token], self.value_bits, self.group_size, axis=1, nudge=self.nudge
+                )
+            self.quantized_values += 1
+        return out
+
+
+def softmax_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    sliding_window: int | None = None,
+    alibi_slopes: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Causal attention of the newest T of S tokens: q `[Hq, T, D]`, k and v `[H, S, D]`, heads grouped."""
+    groups = q.shape[0] // k.shape[0]
+    k, v = np.repeat(k, groups, axis=0), np.repeat(v, groups, axis=0)
+    scores = q @ k.swapaxes(1, 2)
+    tokens = np.arange(k.shape[1])
+    if alibi_slopes is not None:
+        rounded = [np.asarray(x).astype(ml_dtypes.bfloat16) for x in (alibi_slopes, tokens)]
+        scores = scores + (rounded[0][:, None] * rounded[1]).astype(np.float32)[:, None]
+    scores = scores / np.sqrt(np.float32(q.shape[-1]))
+    distances = tokens[-q.shape[1] :, None] - tokens
+    seen = distances >= 0
+    if sliding_window is not None:
+        seen &= distances < sliding_window
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)) @ v
+
+
+class NumpyLlama:
+    """A Llama for one sequence whose layers store keys and values in `KiviLists`."""
+
+    def __init__(self, tensors: Tensors, config: dict[str, Any], **kivi: Any):
+        self.tensors, self.config = tensors, config
+        self.lists = [KiviLists(**kivi) for _ in range(config["num_hidden_layers"])]
+        self.length = 0
+
+    def run(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits after `tokens`: a whole prompt, a further chunk of one, or one token."""
+        x = self.tensors["model.embed_tokens.weight"][tokens]
+        positions = self.length + np.arange(len(tokens))
+        for layer, lists in enumerate(self.lists):
+            prefix = f"model.layers.{layer}."
+            h = self.norm(x, prefix + "input_layernorm.weight")
+            q, k, v = (self.heads(h, f"{prefix}self_attn.{name}_proj.weight") for name in "qkv")
+            q, k = self.rotate(q, positions), self.rotate(k, positions)
+            attended = lists.extend(q, k, v)
+            merged = attended.swapaxes(0, 1).reshape(len(tokens), -1)
+            x = x + merged @ self.tensors[prefix + "self_attn.o_proj.weight"].T
+            h = self.norm(x, prefix + "post_attention_layernorm.weight")
+            gate = h @ self.tensors[prefix + "mlp.gate_proj.weight"].T
+            up = h @ self.tensors[prefix + "mlp.up_proj.weight"].T
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ self.tensors[prefix + "mlp.down_proj.weight"].T
+        self.length += len(tokens)
+        return self.norm(x[-1], "model.norm.weight") @ self.tensors["lm_head.weight"].T
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(self.config["rms_norm_eps"]))
+        return x * scale * self.tensors[name]
+
+    def heads(self, x: np.ndarray, name: str) -> np.ndarray:
+        y = x @ self.tensors[name].T
+        return y.reshape(len(x), -1, self.config["head_dim"]).swapaxes(0, 1)
+
+    def rotate(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        half = x.shape[-1] // 2
+        angles = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
+        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+        return np.concatenate([turned.real, turned.imag], axis=-1).astype(np.float32)
