@@ -1,12 +1,12 @@
 """LLM inference in JAX with a 2-bit key-value cache (KIVI)."""
 
 from kivi_jax import kv
-from kivi_jax.checkpoint import CheckpointError
-from kivi_jax.conversion import convert
+from kivi_jax.checkpoints.convert import convert
+from kivi_jax.checkpoints.hf_files import CheckpointError
+from kivi_jax.checkpoints.load import load
 from kivi_jax.decoding import decode_step, extend, init_state, prefill
 from kivi_jax.generation import generate, stream
 from kivi_jax.kv import KVConfig, KVState, kv_bytes
-from kivi_jax.loading import load
 from kivi_jax.models.registry import Params
 from kivi_jax.text import Completion
 

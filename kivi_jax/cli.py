@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import kivi_jax
 from kivi_jax.kv.config import find_kv
+from kivi_jax.progress import progress_disabled
 from kivi_jax.sampling import make_sampler
-from kivi_jax.weights import unwatched
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -122,7 +122,9 @@ def generate(
             return
         results: list[list[kivi_jax.Completion]] = []
         total = len(prompt) * samples * max_new_tokens
-        with tqdm(total=total, unit="token", desc="generating", leave=False, disable=unwatched()) as progress:
+        with tqdm(
+            total=total, unit="token", desc="generating", leave=False, disable=progress_disabled()
+        ) as progress:
             for results in steps:
                 done = sum(len(completion.tokens) for completions in results for completion in completions)
                 progress.update(done - progress.n)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 import kivi_jax
+from kivi_jax.checkpoints.weights import abstract_weights
+from kivi_jax.checkpoints.weights import nest_paths as nested
 from kivi_jax.decoding import Decoding
 from kivi_jax.kv import KVConfig
 from kivi_jax.models.falcon import FalconConfig
@@ -14,7 +16,6 @@ from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import Config
 from kivi_jax.partition import Partition
 from kivi_jax.sampling import Greedy
-from kivi_jax.weights import abstract_weights, nested
 
 MODELS = {
     "llama-3.2-1b": LlamaConfig(

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 import kivi_jax
 from demo_data import Corpus, passkey_prompt
 from demo_settings import Params, Training
+from kivi_jax.checkpoints.weights import nest_paths as nested
 from kivi_jax.models.llama import LlamaConfig
-from kivi_jax.weights import nested
 
 ATTENTION_BLOCK = 128
 

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests.checkpoints import Tensors
+from tests.tiny_checkpoint import Tensors
 
 
 def fake_quantize(x: np.ndarray, bits: int, group_size: int, axis: int, nudge: float = 0.0) -> np.ndarray:

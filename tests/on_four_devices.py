@@ -13,13 +13,13 @@ import kivi_jax
 import mesh_report
 from abstract_models import abstract_decoding, abstract_params
 from kivi_jax import KVConfig
+from kivi_jax.checkpoints.weights import abstract_weights, flatten_paths, nest_paths
 from kivi_jax.decoding import decode_step
 from kivi_jax.kv import kv_bytes
 from kivi_jax.models.falcon import FalconConfig
 from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import Params, abstract_model
 from kivi_jax.partition import Partition
-from kivi_jax.weights import abstract_weights, flat, nested
 from mesh_report import collectives, compile_decode_loop
 
 MODEL = Mesh(jax.devices(), ("model",))
@@ -64,9 +64,9 @@ def random_params(family, dtype="float32", mesh=None) -> Params:
             (generator.standard_normal(leaf.shape) * (0.2 if len(leaf.shape) > 1 else 1)).astype(leaf.dtype),
             abstract[path].sharding,
         )
-        for path, leaf in flat(shapes).items()
+        for path, leaf in flatten_paths(shapes).items()
     }
-    return Params(nested(weights), model_type, config, mesh=mesh)
+    return Params(nest_paths(weights), model_type, config, mesh=mesh)
 
 
 def run(params: Params, kv, lengths) -> tuple[np.ndarray, kivi_jax.KVState]:

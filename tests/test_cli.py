@@ -16,9 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 import kivi_jax
+from kivi_jax.checkpoints.load import DEMO_FOLDER
 from kivi_jax.cli import app
-from kivi_jax.loading import DEMO_FOLDER
-from tests.checkpoints import write_checkpoint
+from tests.tiny_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}

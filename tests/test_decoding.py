@@ -13,9 +13,9 @@ import memory_report
 from abstract_models import MODELS
 from kivi_jax import KVConfig
 from kivi_jax.decoding import PREFILL_TOKENS
-from tests.checkpoints import TINY, random_tensors, write_checkpoint
 from tests.dequantized import read_codes
 from tests.numpy_kivi import NumpyLlama
+from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint
 
 
 def ragged_prompts(lengths):

@@ -13,7 +13,7 @@ from kivi_jax import KVConfig, generation
 from kivi_jax.decoding import continue_decoding, insert_prompts, start_decoding
 from kivi_jax.generation import PromptBatch, _bucket, _random_key
 from kivi_jax.sampling import Greedy
-from tests.checkpoints import write_checkpoint
+from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,7 +12,7 @@ import kivi_jax
 from kivi_jax.kv import dequantize_keys, dequantize_values, quantize_keys, quantize_values
 from kivi_jax.models.registry import Params
 from kivi_jax.sampling import make_sampler
-from tests.checkpoints import write_checkpoint
+from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jax
 
-from kivi_jax.checkpoint import INDEX_FILE
-from kivi_jax.loading import SIDE_FILES, find_folder, load
-from kivi_jax.orbax_weights import SHAPES_FILE, save_weights
-from kivi_jax.weights import flat
+from kivi_jax.checkpoints.hf_files import INDEX_FILE
+from kivi_jax.checkpoints.load import SIDE_FILES, find_folder, load
+from kivi_jax.checkpoints.orbax_files import SHAPES_FILE, save_weights
+from kivi_jax.checkpoints.weights import flatten_paths
 
 
 def convert(
@@ -36,7 +36,7 @@ def convert(
         raise FileExistsError(f"{out} exists already; name a new folder, or remove this one first")
     source = find_folder(name, revision)
     with jax.default_device(_host()):  # a model may be too large for the first accelerator
-        weights = flat(load(source, dtype).weights)
+        weights = flatten_paths(load(source, dtype).weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".incomplete", dir=out.parent) as parent:
         folder = Path(parent, out.name)

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
 
-from kivi_jax import generation_config
 from kivi_jax.arguments import read_size
-from kivi_jax.checkpoint import CheckpointError, read_json
+from kivi_jax.checkpoints import generation_config
+from kivi_jax.checkpoints.hf_files import CheckpointError, read_json
+from kivi_jax.checkpoints.key_bias_notice import warn_of_large_key_biases
+from kivi_jax.checkpoints.weights import nest_paths, read_weights
 from kivi_jax.models.fields import GREATEST_SIZE
 from kivi_jax.models.registry import FAMILIES, Params
 from kivi_jax.models.sharding import tensor_parallel_mesh
-from kivi_jax.notices import warn_of_large_key_biases
-from kivi_jax.weights import nested, read_weights
 
-DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "assets" / "demo"
 DTYPES = ("bfloat16", "float16", "float32")
 # Configuration, tokenizer and chat templates.
 SIDE_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "tokenizer.model")
@@ -82,7 +82,7 @@ def load(
     weights = read_weights(folder, model_type, config, jnp.dtype(dtype), mesh)
     warn_of_large_key_biases(weights, config)
     return Params(
-        weights=nested(weights),
+        weights=nest_paths(weights),
         model_type=model_type,
         config=config,
         end_tokens=end_tokens,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from kivi_jax.checkpoint import CheckpointError, out_of_range, read_json
+from kivi_jax.checkpoints.hf_files import CheckpointError, out_of_range, read_json
 
 # In a model's folder: the weights, and their shapes. (Asking Orbax for the shapes opens all parameters at once, and
 # prints an error for each where the folder is damaged.)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from kivi_jax.checkpoint import (
+from kivi_jax.checkpoints.hf_files import (
     PIECE_BYTES,
     STORED_DTYPES,
     CheckpointError,
@@ -24,9 +23,10 @@ from kivi_jax.checkpoint import (
     first_few,
     stored_tensors,
 )
+from kivi_jax.checkpoints.orbax_files import ORBAX_FOLDER, restore_weights, stored_shapes
 from kivi_jax.models.registry import FAMILIES, Split, WeightRow, abstract_model
 from kivi_jax.models.sharding import parameter_sharding
-from kivi_jax.orbax_weights import ORBAX_FOLDER, restore_weights, stored_shapes
+from kivi_jax.progress import progress_disabled
 
 # Tensors of older checkpoints that hold nothing a configuration doesn't.
 IGNORED = re.compile(r".*rotary_emb\.inv_freq")
@@ -56,17 +56,12 @@ def read_weights(
         unit_scale=True,
         unit_divisor=1024,
         leave=False,
-        disable=unwatched(),
+        disable=progress_disabled(),
     ) as progress:
         for path, array in arrays:
             weights[path] = array.block_until_ready()  # or the host might hold many that are under way
             progress.update(array.nbytes)
     return weights
-
-
-def unwatched() -> bool | None:
-    """tqdm's `disable`: None shows a bar on terminals only, but takes it that there is a stderr."""
-    return True if sys.stderr is None else None
 
 
 def abstract_weights(
@@ -75,7 +70,7 @@ def abstract_weights(
     """The shape, dtype and, on a mesh, sharding of every parameter of a model by its path."""
     _, shapes = abstract_model(model_type, config, dtype)
     weights = {}
-    for path, leaf in flat(shapes).items():
+    for path, leaf in flatten_paths(shapes).items():
         sharding = None if mesh is None else parameter_sharding(path, leaf.shape, config, mesh)
         weights[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return weights
@@ -186,16 +181,16 @@ def _refuse(folder: Path, problems: list[str], missing: list[str]) -> None:
         raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  {told}")
 
 
-def flat(nested: Mapping[Any, Any]) -> dict[str, Any]:
-    """The leaves of nested dictionaries by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(nested)
+def flatten_paths(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """The leaves of nested dictionaries by their paths, such as "layers.0.mlp.up_proj.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(str(key.key) for key in keys): leaf for keys, leaf in leaves}
 
 
-def nested(flat: Mapping[str, Any]) -> dict[Any, Any]:
-    """`flat` undone."""
+def nest_paths(leaves: Mapping[str, Any]) -> dict[Any, Any]:
+    """The nested dictionaries whose leaves have these paths: the inverse of `flatten_paths`."""
     root: dict[Any, Any] = {}
-    for path, leaf in flat.items():
+    for path, leaf in leaves.items():
         *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
         branch = root
         for parent in parents:
