@@ -9,6 +9,7 @@ from kivi_jax.generation import generate, stream
 from kivi_jax.kv import KVConfig, KVState, kv_bytes
 from kivi_jax.models.registry import Params
 from kivi_jax.text import Completion
+from kivi_jax.version import __version__
 
 __all__ = [
     "CheckpointError",
@@ -16,6 +17,7 @@ __all__ = [
     "KVConfig",
     "KVState",
     "Params",
+    "__version__",
     "convert",
     "decode_step",
     "extend",

@@ -21,8 +21,18 @@ from kivi_jax.sampling import make_sampler
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kivi-jax {kivi_jax.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
     """LLM inference in JAX with a 2-bit key-value cache."""
 
 

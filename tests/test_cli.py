@@ -55,6 +55,12 @@ def test_prints_prompt_and_completion():
     assert result.stdout == f"{prompt}{expected.text}\n"
 
 
+def test_prints_the_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"kivi-jax {kivi_jax.__version__}\n"
+
+
 def test_several_prompts_are_one_batch():
     params = kivi_jax.load("demo")
     prompts = ["import os", "Return the number of"]

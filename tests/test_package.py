@@ -1,5 +1,6 @@
 """The wheel holds the whole package, and runs without the checkout."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import kivi_jax
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 UNBUILT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
@@ -50,6 +53,11 @@ def files(package: Path) -> set[str]:
 def test_wheel_holds_every_file_of_the_package_and_nothing_else(site: Path) -> None:
     assert files(site / "kivi_jax") == files(CHECKOUT / "kivi_jax")
     assert {path.name.partition("-")[0] for path in site.iterdir()} == {"bin", "kivi_jax"}
+
+
+def test_version_is_the_wheels(site: Path) -> None:
+    (wheel,) = importlib.metadata.distributions(name="kivi-jax", path=[str(site)])
+    assert wheel.version == kivi_jax.__version__
 
 
 def test_installed_modules_import_from_the_wheel(site: Path, tmp_path: Path) -> None:
