@@ -21,10 +21,11 @@ from kivi_jax.sampling import make_sampler
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def print_version(wanted: bool) -> None:
+def print_version(wanted: bool) -> bool:
     if wanted:
         print(f"kivi-jax {kivi_jax.__version__}")
         raise typer.Exit
+    return wanted  # typer passes on what this returns
 
 
 @app.callback()
