@@ -1,1 +1,1 @@
-"""Models on disk: what is read from a folder or the Hub, and what `convert` writes."""
+"""Reads models from folders and the Hugging Face Hub, and writes converted ones."""
