@@ -18,9 +18,9 @@ import typer
 from jax import Array
 from jaxtyping import Float
 
-from kivi_jax.attention import decode_attention
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.kv.state import empty_state, kv_bytes
+from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 
 Call = Callable[[], Array]
 
@@ -32,7 +32,8 @@ def layer_call(kv: str, q: Array, k: Array, v: Array) -> tuple[Call, int]:
     lengths = jnp.full(batch, length, jnp.int32)
     state = empty_state(1, batch, heads, length, head_dim, config, k.dtype)
     layer = jax.jit(type(state.layers[0]).store_prompt)(state.layers[0], k, v, lengths)
-    return functools.partial(jax.jit(decode_attention), q, k[:, 0], v[:, 0], layer, lengths), kv_bytes(layer)
+    call = functools.partial(jax.jit(decode_attention), q[:, None], k[:, :1], v[:, :1], layer, lengths)
+    return call, kv_bytes(layer)
 
 
 @jax.jit

@@ -26,8 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import kivi_jax
 from benchmarks.mesh import compile_decode_loop
 from kivi_jax import KVConfig
-from kivi_jax.decoding import PREFILL_TOKENS, start_decoding
-from kivi_jax.generation import PromptBatch
+from kivi_jax.batching import PromptBatch
+from kivi_jax.decoding import start_decoding
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.models.registry import Config
 from kivi_jax.sampling import Greedy

@@ -1,15 +1,16 @@
 """LLM inference in JAX with a 2-bit key-value cache (KIVI)."""
 
 from kivi_jax import kv
-from kivi_jax.checkpoint import CheckpointError
+from kivi_jax.checkpoints.convert import convert
+from kivi_jax.checkpoints.hf_files import CheckpointError
+from kivi_jax.checkpoints.load import load
 from kivi_jax.completions import Completion
-from kivi_jax.conversion import convert
 from kivi_jax.generation import generate, stream
 from kivi_jax.kv import KVConfig, KVState, kv_bytes
-from kivi_jax.loading import load
 from kivi_jax.model import Params
 from kivi_jax.request import GenerationSettings
 from kivi_jax.steps import decode_step, extend, init_state, prefill
+from kivi_jax.version import __version__
 
 __all__ = [
     "CheckpointError",
@@ -18,6 +19,7 @@ __all__ = [
     "KVConfig",
     "KVState",
     "Params",
+    "__version__",
     "convert",
     "decode_step",
     "extend",

@@ -15,13 +15,24 @@ from tqdm import tqdm
 
 import kivi_jax
 from kivi_jax.kv.config import find_kv
-from kivi_jax.weights import unwatched
+from kivi_jax.progress import progress_disabled
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def print_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"kivi-jax {kivi_jax.__version__}")
+        raise typer.Exit
+    return wanted  # typer passes on what this returns
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
     """LLM inference in JAX with a 2-bit key-value cache."""
 
 
@@ -124,7 +135,9 @@ def generate(
             return
         results: list[list[kivi_jax.Completion]] = []
         total = len(prompt) * samples * max_new_tokens
-        with tqdm(total=total, unit="token", desc="generating", leave=False, disable=unwatched()) as progress:
+        with tqdm(
+            total=total, unit="token", desc="generating", leave=False, disable=progress_disabled()
+        ) as progress:
             for results in steps:
                 done = sum(len(completion.tokens) for completions in results for completion in completions)
                 progress.update(done - progress.n)

@@ -17,11 +17,11 @@ class Completion:
     """What a model wrote after one prompt.
 
     Attributes:
-        text: the decoded tokens, as they continue the prompt. While unfinished it only grows, and lacks an end that the
-            next tokens may change: half a character, or the beginning of a stop string. Half a character at the end of
-            a finished one reads as U+FFFD. None if the checkpoint has no tokenizer.
-        tokens: generated ids, without the end token; after a stop string, those up to its last one.
-        finish_reason: "stop" after an end token or a stop string, "length" at `max_new_tokens`, "error" where the
+        text: the decoded tokens, as they continue the prompt. While the completion is unfinished, its text only grows:
+            an end that the next tokens may change (an incomplete character, or the beginning of a stop string) is held
+            back. At the end of a finished one, an incomplete character is U+FFFD. None if there is no tokenizer.
+        tokens: generated ids, without the end token. With a stop string, the last one is the token that completes it.
+        finish_reason: "stop" after an end token or a stop string, "length" at `max_new_tokens`, "error" if the
             model's activations overflowed; None while unfinished.
         logprobs: natural logarithm of the probability the model gave each of `tokens`, in nats: the log-softmax of its
             float32 logits, before temperature, repetition penalty and cuts; None if they weren't asked for.
@@ -36,17 +36,18 @@ class Completion:
 
 
 class CompletionReader:
-    """Reads what is generated after one prompt, each token once, so that what it shows and where it ends don't depend
-    on how many tokens come at a time.
+    """Makes one prompt's completion from the tokens that are generated.
+
+    Each token is read once, so that text and end of a completion don't depend on how many tokens come at a time.
 
     Args:
-        context: the tokens of the prompt if the completion continues its text. An answer in a conversation begins a
-            text of its own, and has none.
+        context: the prompt's tokens if the completion continues its text; empty for an answer in a conversation, which
+            begins a new text.
         end_tokens: ids that end a completion.
-        tokenizer: the folder with the tokenizer's files, if there is one.
+        tokenizer: the folder with the tokenizer's files; None if there is no tokenizer.
         stops: strings that end a completion.
-        max_new_tokens: where a completion ends otherwise.
-        error: what is said where the model gave no token.
+        max_new_tokens: the most tokens of a completion.
+        error: the completion's message if the model gave no token.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class CompletionReader:
         self._error = error
 
     def read(self, tokens: list[int], logprobs: list[float] | None = None) -> Completion:
-        """The completion that `tokens`, all that was generated so far, amount to; they begin with the last call's."""
+        """The completion after `tokens`: all tokens generated so far, beginning with those of the last call."""
         text = self._text
         for token in itertools.islice(tokens, self._count, None):
             if self._finish_reason is not None:
@@ -88,7 +89,7 @@ class CompletionReader:
         )
 
     def _add(self, token: int) -> str:
-        """The text that comes with this token, which may finish the completion."""
+        """Counts a token, which may finish the completion, and returns the text that it adds."""
         failed = token == NO_TOKEN
         ends = failed or token in self.end_tokens
         if ends:
@@ -103,11 +104,11 @@ class CompletionReader:
         return text if self._finish_reason is None else text + self._detokenizer.rest()
 
     def _first_stop(self, text: str, new: int) -> int | None:
-        """Where the first of the stop strings in `text` begins that ends after its first `new` characters."""
+        """Where the first stop string begins that ends after the first `new` characters of `text`."""
         places = (text.find(stop, max(0, new - len(stop) + 1)) for stop in self._stops)
         return min((place for place in places if place >= 0), default=None)
 
     def _begun_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with: it may be about to come."""
+        """Length of the longest end of `text` that may be the beginning of a stop string."""
         lengths = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
         return max(lengths, default=0)

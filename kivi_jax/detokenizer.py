@@ -1,9 +1,9 @@
-"""Token ids to text, one token at a time: final as it comes, in the end what decoding all at once gives.
+"""Decodes token ids to text, one token at a time. Text that was given never changes.
 
-Decoding the text so far again for every token is quadratic, and the beginning of what it gives changes: half a
-character turns a whole run of byte tokens into U+FFFD. `tokenizers.decoders.DecodeStream` decodes such runs in the same
-way and raises an error where broken bytes end one. So bytes are put together here. All other text is left to the
-tokenizer, which decodes each token after the one before it.
+Decoding everything so far again for each token takes quadratic time, and its result changes in the middle: an
+incomplete character turns a whole run of byte tokens into U+FFFD. `tokenizers.decoders.DecodeStream` decodes such runs
+the same way, and raises an error where invalid bytes end one. So bytes are assembled to characters here. All other text
+is left to the tokenizer, which decodes each token after the one before it.
 """
 
 import codecs
@@ -13,25 +13,26 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-# The last tokens of a prompt that a completion is decoded after. They hold what its text can depend on: the beginning
-# of a character, which is at most three bytes, and a token before it, since tokenizers may strip a text's first space.
+# A completion is decoded after this many of its prompt's last tokens. They cover what its text can depend on: the
+# beginning of a character, at most three bytes, and a token before it, since tokenizers may strip a text's first space.
 CONTEXT_TOKENS = 8
 
-CHARACTER_BYTES = 4  # most bytes of a character in UTF-8, so most tokens that half a character waits for
-REPLACEMENT = "\ufffd"  # in place of bytes that are no character
+CHARACTER_BYTES = 4  # most bytes of a character in UTF-8, so most tokens until it is complete
+REPLACEMENT = "\ufffd"  # in place of bytes that form no character
 
 
 class Detokenizer:
-    """Reads the tokens that follow a prompt.
+    """Decodes the tokens that follow a prompt.
 
-    A token's text is given once it can't change any more, so half a character at the end is not. Together the texts are
-    what the tokenizer makes of all tokens beyond what it makes of the prompt. Only where byte tokens (byte fallback)
-    don't form characters, the whole ones among them are kept and every other byte is a U+FFFD, as SentencePiece has it;
-    `tokenizers` gives up all characters of such a run. A character that begins in the prompt belongs to what follows.
+    Text is returned once it can't change any more, so an incomplete character at the end is held back. All texts
+    together are what the tokenizer decodes the prompt and these tokens to, without the prompt's own text. The exception
+    are byte tokens (byte fallback) that don't form characters: complete characters among them are kept and every other
+    byte becomes U+FFFD, as in SentencePiece, while `tokenizers` drops all characters of such a run. A character that
+    begins in the prompt belongs to the text that follows.
 
     Args:
-        tokenizer: from transformers.
-        context: the prompt's tokens; empty if a text of its own follows.
+        tokenizer: of transformers.
+        context: the prompt's tokens; empty if a new text follows.
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
@@ -46,29 +47,29 @@ class Detokenizer:
         """The text that this token makes final."""
         text = self._text.add(token)
         if text:
-            # If what follows doesn't complete the prompt's last character, it is the prompt's text that shows it.
+            # If what follows doesn't complete the prompt's last character, its U+FFFD belongs to the prompt's text.
             text, self._half_before = text.removeprefix(self._half_before), ""
         return text
 
     def rest(self) -> str:
-        """How half a character at the end reads if no token follows: as U+FFFD."""
+        """The text of an incomplete character at the end if no token follows: U+FFFD."""
         return self._text.rest().removeprefix(self._half_before)
 
 
 class _Vocabulary:
-    """What a tokenizer makes of its tokens.
+    """How a tokenizer decodes its tokens.
 
     Attributes:
         is_byte_level: whether all tokens are bytes of UTF-8, as in byte-level BPE.
-        fallback: the bytes of the tokens that stand for one, in vocabularies of pieces of text.
-        letter_a: the one for "A", where there are any.
-        is_silent: whether a token shows in no text, as special and unknown ones.
+        fallback: the byte of each token that stands for one, in vocabularies of pieces of text (byte fallback).
+        letter_a: the token for the byte "A", if there are such tokens.
+        is_silent: whether a token adds no text; special and unknown tokens don't.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-        # Asked instead of looked up, so that other names and compositions of the same decoders count, too.
+        # Tested by decoding, since the same decoders occur under other names and in other compositions.
         probe = " é "
         letters = [_byte_letters()[byte] for byte in probe.encode()]
         self.is_byte_level = decoder is not None and decoder.decode(letters) == probe
@@ -81,19 +82,19 @@ class _Vocabulary:
                 for piece, token in tokens.items()
                 if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece)
             }
-        # Twice, since a text's first token may lose its space and be empty.
+        # Decoded twice in a row, since a text's first token may lose its space and be empty.
         self.is_silent = functools.cache(lambda token: not self.decode([token, token]))
         self.byte_level = functools.cache(self._byte_level)
 
     def decode(self, tokens: list[int]) -> str:
-        # The clean-up is meant for texts of words split by spaces, and takes back spaces that were shown.
+        # The clean-up is meant for words split by spaces, and would remove spaces that were already given.
         text: str = self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
     def _byte_level(self, token: int) -> bytes:
-        """A token's bytes; an added token's are those of its text unless it is spelled in the letters for bytes."""
+        """A token's bytes. An added token that is not spelled in byte letters has the bytes of its text."""
         if self.is_silent(token):
             return b""
         piece: str = self._tokenizer.convert_ids_to_tokens(token)
@@ -108,8 +109,8 @@ def _read_vocabulary(tokenizer: Any) -> _Vocabulary:
 
 @functools.cache
 def _byte_letters() -> dict[int, str]:
-    """The letter that byte-level vocabularies write for each byte: what is visible in Latin-1 as it is, for the other
-    bytes the letters from U+0100 on."""
+    """The letter that byte-level vocabularies write for each byte: its Latin-1 character if that is visible, and else
+    the next one from U+0100 on."""
     visible = {byte for byte in range(256) if chr(byte).isprintable() and not chr(byte).isspace()}
     others = (byte for byte in range(256) if byte not in visible)
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(others)}
@@ -121,7 +122,7 @@ def _letter_bytes() -> dict[str, int]:
 
 
 class _Bytes:
-    """The text of tokens that are all bytes."""
+    """Decodes tokens that consist of bytes."""
 
     def __init__(self, vocabulary: _Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -135,13 +136,13 @@ class _Bytes:
 
 
 class _Pieces:
-    """The text of tokens that are pieces of it, or single bytes."""
+    """Decodes tokens that are pieces of text or single bytes."""
 
     def __init__(self, vocabulary: _Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # each broken byte is a letter
-        self._before: list[int] = []  # the tokens that were last to show
-        self._waiting: list[int] = []  # those that may be half a character
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # a surrogate per invalid byte
+        self._before: list[int] = []  # the last tokens that gave text
+        self._waiting: list[int] = []  # tokens that may be an incomplete character
 
     def add(self, token: int) -> str:
         if token in self._vocabulary.fallback:
@@ -150,7 +151,7 @@ class _Pieces:
             return ""
         if self._vocabulary.fallback:
             return self._add_bytes([], final=True) + self._show([token])
-        # Nothing is known of where characters begin in tokens of other kinds, but by how they decode.
+        # Only decoding tells whether tokens of other kinds end within a character.
         self._waiting.append(token)
         if len(self._waiting) < CHARACTER_BYTES and self._decode(self._waiting).endswith(REPLACEMENT):
             return ""
@@ -161,7 +162,7 @@ class _Pieces:
         return REPLACEMENT * len(self._waiting) if self._vocabulary.fallback else self._decode(self._waiting)
 
     def _add_bytes(self, tokens: list[int], final: bool = False) -> str:
-        """The text of the characters that are whole now; if `final`, also of what is left."""
+        """The text of the characters that are complete now and, if `final`, of the bytes that are left."""
         self._waiting += tokens
         text = ""
         for character in self._utf8.decode(
@@ -170,7 +171,7 @@ class _Pieces:
             if "\udc80" <= character <= "\udcff":
                 del self._waiting[0]
                 text += REPLACEMENT
-                # What follows is decoded after some whole character, since bytes don't decode after broken ones.
+                # What follows is decoded after a complete character, since bytes don't decode after invalid ones.
                 self._before = [self._vocabulary.letter_a]
             else:
                 size = len(character.encode())
@@ -180,7 +181,7 @@ class _Pieces:
 
     def _show(self, tokens: list[int]) -> str:
         text = self._decode(tokens)
-        # A text's first token may be empty, without the space it has elsewhere; the one after it keeps its own.
+        # A text's first token may lose its space and be empty. The token after it then keeps its own space.
         self._before = tokens if text else self._before + tokens
         return text
 

@@ -1,4 +1,4 @@
-"""The promotion of dtypes and ranks that this package's arithmetic is written for, whatever a process has set."""
+"""JAX's usual promotion of dtypes and ranks for this package's arithmetic, whatever modes a process has set."""
 
 import functools
 from collections.abc import Callable
@@ -11,11 +11,10 @@ Result = TypeVar("Result")
 
 
 def with_usual_promotion(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`function`, computed with NumPy's broadcasting and JAX's usual promotion.
+    """Makes `function` run with NumPy's broadcasting and JAX's standard promotion of dtypes.
 
-    `jax_numpy_dtype_promotion="strict"` and `jax_numpy_rank_promotion="raise"` hold for a whole process, and whoever
-    sets them means their own code. Under `jax.jit`, where the modes matter while a function is traced, this belongs
-    inside.
+    `jax_numpy_dtype_promotion="strict"` and `jax_numpy_rank_promotion="raise"` apply to a whole process, but are meant
+    for the code of whoever sets them. The modes matter while a function is traced, so this goes inside of `jax.jit`.
     """
 
     @functools.wraps(function)

@@ -15,17 +15,16 @@ from kivi_jax.request import GenerationSettings
 Conversation = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Conversation
 
-# What transformers calls a checkpoint's only chat template, or the one to take where none is named.
+# transformers' name for a checkpoint's only chat template, or for the one to use when no name is given.
 DEFAULT_TEMPLATE = "default"
 
-
-# Held while a tokenizer is loaded: transformers' own lazy imports fail where several threads start them, and a
-# tokenizer that many ask for at once should be loaded once.
+# Held while a tokenizer is loaded: transformers' lazy imports fail if several threads start them, and threads that ask
+# for the same tokenizer at once should load it once.
 _LOADING = threading.Lock()
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The Hugging Face tokenizer in `folder`; no code from the folder is run. Any thread may ask for it.
+    """The Hugging Face tokenizer in `folder`; no code from the folder is run. Safe to call from any thread.
 
     Raises:
         ValueError: its files are damaged, of an unknown kind, or need a package that is not installed.
@@ -36,20 +35,20 @@ def load_tokenizer(folder: str) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _load_tokenizer(folder: str) -> Any:
-    # transformers warns that it has no PyTorch, which nobody here wants it to have.
+    # Else transformers warns that PyTorch is missing, which isn't needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # seconds to import, and token-id prompts don't need it
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever the tokenizer's files make its parsers raise
+    except Exception as error:  # damaged files make parsers raise many kinds
         if _lacks_sentencepiece(Path(folder)):
-            # transformers would have them install tiktoken, which can't read this file.
+            # transformers' own message advises to install tiktoken, which can't read this file.
             raise ValueError(
                 f"the tokenizer can't be loaded: {Path(folder, 'tokenizer.model')} is read by the package "
                 "sentencepiece, which is not installed; pip install sentencepiece"
             ) from error
-        # transformers would have them set trust_remote_code.
+        # transformers' own message advises to set trust_remote_code.
         needs_code = "trust_remote_code" in str(error)
         reason = "it needs code of its own, and code from checkpoints is never run" if needs_code else error
         raise ValueError(
@@ -58,12 +57,12 @@ def _load_tokenizer(folder: str) -> Any:
 
 
 def _lacks_sentencepiece(folder: Path) -> bool:
-    """Whether the tokenizer is a SentencePiece model only, and what reads those isn't there."""
+    """Whether there is only a SentencePiece model, and the package that reads it is not installed."""
     model = folder / "tokenizer.model"
     if (folder / "tokenizer.json").exists() or not model.exists():
         return False
     with model.open("rb") as file:
-        # As the first of its pieces begins; other files of this name are texts.
+        # The byte that begins a SentencePiece model; other files of this name are text.
         return file.read(1) == b"\n" and importlib.util.find_spec("sentencepiece") is None
 
 
@@ -73,12 +72,11 @@ def is_conversation(prompt: Any) -> TypeGuard[Conversation]:
 
 
 def encode(params: Params, prompts: Sequence[Prompt], chat_template: str | None = None) -> list[list[int]]:
-    """Token ids of every prompt, of conversations by the checkpoint's `chat_template` of this name.
+    """Token ids of every prompt. Conversations are formatted by the checkpoint's chat template named `chat_template`.
 
     Raises:
-        ValueError: an empty prompt, one that is not valid Unicode, a token outside the vocabulary, a text but no
-            tokenizer, a conversation but no chat template (of this name, or to take where none is named) or one that
-            refuses it, or something else.
+        ValueError: a prompt is empty, not valid Unicode or not a `Prompt`, or has a token outside the vocabulary; there
+            is a text but no tokenizer; or a conversation but no such chat template, or one that refuses it.
     """
     encoded = []
     for number, prompt in enumerate(prompts):
@@ -108,13 +106,13 @@ def _tokenizer(params: Params) -> Any:
 def _check_unicode(prompt: str, number: int) -> None:
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # lone surrogates, as Python makes them of bytes that are not UTF-8
+    except UnicodeEncodeError as error:  # lone surrogates, which Python makes of bytes that are not UTF-8
         raise ValueError(f"prompt {number} is not valid Unicode: {error}") from None
 
 
 def _check_ids(prompt: Any, number: int) -> list[int]:
     try:
-        if not isinstance(prompt, bytes | bytearray | Mapping):  # whose items can be numbers, too
+        if not isinstance(prompt, bytes | bytearray | Mapping):  # these may consist of integers, too
             return [operator.index(token) for token in prompt]
     except TypeError:
         pass
@@ -127,24 +125,24 @@ def _check_ids(prompt: Any, number: int) -> list[int]:
 def _encode_conversation(
     tokenizer: Any, messages: Conversation, number: int, chat_template: str | None
 ) -> list[int]:
-    """Token ids of messages and the header of the answer, as the checkpoint's own chat template has them."""
+    """Token ids of the messages and the answer's header, as the checkpoint's chat template formats them."""
     for message in messages:
         if "role" not in message:
             raise ValueError(f"a message of prompt {number} needs a 'role', got {dict(message)!r}")
     template = _find_template(tokenizer.chat_template, chat_template)
     try:
-        # Jinja runs the template in its sandbox. Beginning tokens are the template's business: none is added to them.
+        # Jinja runs the template in its sandbox. The template adds beginning tokens, and nothing else does.
         return tokenizer.apply_chat_template(
             list(messages), chat_template=template, add_generation_prompt=True, return_dict=False
         )
-    except Exception as error:  # templates raise what they like for conversations they can't take
+    except Exception as error:  # templates raise any kind for conversations that they don't accept
         raise ValueError(
             f"prompt {number}: the checkpoint's chat template does not take this conversation: {error}"
         ) from error
 
 
 def _find_template(templates: str | Mapping[str, str] | None, name: str | None) -> str:
-    """The chat template called `name`, by default the one that a checkpoint calls its default or that is its only."""
+    """The chat template called `name`; without a name, the checkpoint's only one or its default."""
     if not templates:
         raise ValueError(
             "this checkpoint's tokenizer has no chat template, so it can't take messages; "
@@ -163,7 +161,7 @@ def _find_template(templates: str | Mapping[str, str] | None, name: str | None) 
 
 
 def read_stops(params: Params, settings: GenerationSettings) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The strings and the tokens that end a completion: special tokens are not in its text, so they end it as tokens.
+    """The strings and the token ids that end a completion. Special tokens are not in its text, so they are found by id.
 
     Raises:
         ValueError: there are stop strings, and the checkpoint has no tokenizer to find them with.

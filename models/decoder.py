@@ -16,9 +16,9 @@ class Decoder(nnx.Module):
     """Tokens to hidden states, and hidden states to logits.
 
     Args:
-        config: of the family. Positions are rotary unless it has ALiBi slopes.
-        layer: one of the `config.num_layers`, called as `layer(x, angles, layer_kv, attend)`.
-        norm: of what the last layer returns.
+        config: the family's configuration. Positions are rotary unless it has ALiBi slopes.
+        layer: makes each of the `config.num_layers` layers, which is called as `layer(x, angles, layer_kv, attend)`.
+        norm: makes the norm of the last layer's output.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from kivi_jax.models.fields import read_flag, read_positive, read_sizes, refuse_
 from kivi_jax.models.layers import Attend, Attention, Linear
 from kivi_jax.models.rope import Angles, RopeScaling, read_rope
 
-# Names in config.json of the checkpoints from before transformers had a Falcon (`RefinedWeb`, `RefinedWebModel`).
+# Names in the config.json of checkpoints that are older than transformers' Falcon (`RefinedWeb`, `RefinedWebModel`).
 OLDER_NAMES = {
     "n_embed": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -30,11 +30,11 @@ class FalconConfig:
     """The fields of a Hugging Face `config.json` that decide the arithmetic.
 
     Attributes:
-        max_positions: the longest text, prompt and completion together.
-        alibi: whether positions are biases of attention's scores (Press et al. 2021) and not rotary.
-        bias: of all linear layers.
-        parallel: whether attention and feed-forward both read the layer's input, or one after the other.
-        num_norms: LayerNorms in a layer; a parallel one with a single norm shares it.
+        max_positions: the longest text in tokens, prompt and completion together.
+        alibi: whether positions are biases of attention scores (ALiBi, Press et al. 2022) instead of rotary.
+        bias: whether all linear layers have biases.
+        parallel: whether attention and feed-forward both read the layer's input, instead of one after the other.
+        num_norms: LayerNorms in a layer; with a single one, attention and feed-forward share it.
     """
 
     vocab_size: int
@@ -127,7 +127,7 @@ class FalconConfig:
 
     @property
     def alibi_slopes(self) -> tuple[float, ...] | None:
-        """Each query head's slope: a geometric series, and where the heads are no power of 2, half steps of it."""
+        """Each query head's slope: a geometric series, then half steps of it if the heads are not a power of 2."""
         if not self.alibi:
             return None
         power = 2 ** math.floor(math.log2(self.num_heads))
@@ -149,7 +149,7 @@ class FeedForward(nnx.Module):
 
 
 class FalconLayer(nnx.Module):
-    """Attention and feed-forward, beside each other or one after the other."""
+    """Attention and feed-forward, in parallel or one after the other."""
 
     def __init__(self, config: FalconConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.parallel = config.parallel
@@ -200,14 +200,14 @@ def layer_norm(config: FalconConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Layer
 
 
 def split_qkv(config: FalconConfig, fused: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries, keys and values of `query_key_value`: for each KV head its query heads, its key, its value."""
+    """Splits `query_key_value`, which holds for each KV head its query heads, its key and its value."""
     rest = fused.shape[1:]
     heads = fused.reshape(config.num_kv_heads, -1, config.head_dim, *rest)
     q, k, v = heads[:, :-2], heads[:, -2], heads[:, -1]
     return q.reshape(-1, *rest), k.reshape(-1, *rest), v.reshape(-1, *rest)
 
 
-# Checkpoint name -> parameter path, or the paths of its parts and what splits it.
+# Checkpoint name -> parameter path, or the paths of its parts and the function that splits it.
 _LAYER = r"transformer\.h\.(\d+)\."
 _QKV = tuple(rf"layers.\1.attention.{part}_proj." for part in "qkv")
 WEIGHTS = (

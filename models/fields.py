@@ -1,7 +1,7 @@
 """Reads the fields of a `config.json` that all families have, and refuses what no family computes.
 
-Fields are checked before they are used, so that a wrong one is a clear ValueError and never a wrong model. For absent
-fields the defaults of transformers hold.
+Fields are checked before they are used, so that a wrong one is a clear ValueError and never a wrong model. Absent
+fields have the defaults of transformers.
 """
 
 import reprlib
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Fields that would change the arithmetic, and the values with which they don't.
+# Fields that would change the arithmetic, and the values that leave it unchanged.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None, {}),
     "partial_rotary_factor": (None, 1),
@@ -36,14 +36,15 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
 }
 GREATEST_SIZE = 2**31 - 1  # positions and tokens are int32
-MOST_LAYERS = 1000  # far more than any model has; each takes time and memory before a weight is looked for
+MOST_LAYERS = 1000  # far more than any model has; each takes time and memory even before weights are read
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def refuse_other_arithmetic(fields: Mapping[str, Any]) -> None:
-    """
+    """Refuses fields that ask for arithmetic which is not implemented here.
+
     Raises:
-        ValueError: a field asks for something that no family here computes.
+        ValueError: there is such a field.
     """
     for name, neutral in NEUTRAL.items():
         if fields.get(name) not in neutral:
@@ -54,9 +55,10 @@ def refuse_other_arithmetic(fields: Mapping[str, Any]) -> None:
 
 
 def read_sizes(fields: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """
+    """Checks fields that are sizes; `optional` ones may be absent.
+
     Raises:
-        ValueError: a required field is missing, or any is not a positive whole number below 2^31, or there are too many
+        ValueError: a required field is missing, one is not a positive whole number below 2^31, or there are too many
             layers.
     """
     if missing := [name for name in required if fields.get(name) is None]:
@@ -87,7 +89,7 @@ def read_flag(fields: Mapping[str, Any], name: str, default: bool = False) -> bo
 
 
 def read_head_dim(fields: Mapping[str, Any]) -> int:
-    """`head_dim`, or the hidden size over the heads.
+    """`head_dim`, or the hidden size divided by the number of heads.
 
     Raises:
         ValueError: it is not an even whole number.
@@ -103,7 +105,7 @@ def read_head_dim(fields: Mapping[str, Any]) -> int:
 def read_sliding_windows(
     fields: Mapping[str, Any], window: int | None, default: Sequence[str]
 ) -> tuple[int | None, ...]:
-    """How many of the newest tokens each layer attends, from `layer_types`, by default `default`; None for all.
+    """How many of the newest tokens each layer attends, None for all, by `layer_types` or else by `default`.
 
     Raises:
         ValueError: `layer_types` doesn't list full or sliding attention for each layer, or there is no `window`.

@@ -21,8 +21,8 @@ normal_init = nnx.initializers.normal(0.02)
 class Linear(nnx.Module):
     """`x · kernelᵀ + bias` in one dtype, summed in float32.
 
-    The kernel is `[outputs, inputs]`, as checkpoints have it. That order and the float32 sums are also what XLA's CPU
-    backend multiplies in bfloat16 directly; otherwise it keeps float32 copies of all weights beside the decode loop.
+    The kernel is `[outputs, inputs]`, as in checkpoints. With this order and float32 sums, XLA's CPU backend multiplies
+    bfloat16 directly; otherwise it keeps float32 copies of all weights beside the decode loop.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
@@ -40,7 +40,7 @@ class Linear(nnx.Module):
 def project(
     x: Float[Array, "*batch inputs"], kernel: Float[Array, "outputs inputs"]
 ) -> Float[Array, "*batch outputs"]:
-    """x · kernelᵀ, float32. As a product of matrices: of a batched one, XLA would keep a transposed kernel."""
+    """x · kernelᵀ in float32. Inputs are one matrix: for a batched product, XLA would keep a transposed kernel."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1:
         y = jax.lax.platform_dependent(rows, kernel, cpu=_product_of_one_row, default=_product)
@@ -58,7 +58,7 @@ def _product(
 def _product_of_one_row(
     row: Float[Array, "1 inputs"], kernel: Float[Array, "outputs inputs"]
 ) -> Float[Array, "1 outputs"]:
-    """The CPU backend multiplies a 16-bit matrix by two rows directly, but widens it first for a single one."""
+    """Pads to two rows, which the CPU backend multiplies in 16 bits; for one it would convert the kernel to float32."""
     return _product(jnp.pad(row, ((0, 1), (0, 0))), kernel)[:1]
 
 
@@ -76,9 +76,9 @@ class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions; `attend` does the attention proper.
 
     Args:
-        bias: of the projections to queries, keys and values.
-        output_bias: of the projection back.
-        qk_norm: epsilon of an RMSNorm of each head's queries and keys, before they are rotated; None for no such norm.
+        bias: whether the projections to queries, keys and values have biases.
+        output_bias: whether the output projection has one.
+        qk_norm: epsilon of an RMSNorm of each head's queries and keys before rotation; None for no such norm.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Attention(nnx.Module):
         layer_kv: Any,
         attend: Attend,
     ) -> tuple[Float[Array, "B T hidden"], Any]:
-        """Without `angles`, positions are up to `attend`."""
+        """Without `angles` nothing is rotated, and positions are up to `attend`."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))

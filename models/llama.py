@@ -27,12 +27,12 @@ class LlamaConfig:
     """The fields of a Hugging Face `config.json` that decide the arithmetic.
 
     Attributes:
-        max_positions: the longest text, prompt and completion together.
-        attention_bias: of the projections to queries, keys and values.
-        output_bias: of attention's projection back to the hidden size.
-        qk_norm: whether each head's queries and keys are normalised before they are rotated.
-        sliding_windows: how many of the newest tokens, a token itself included, it attends in each layer; None for
-            all of them, as by default in every layer.
+        max_positions: the longest text in tokens, prompt and completion together.
+        attention_bias: whether the projections to queries, keys and values have biases.
+        output_bias: whether attention's projection back to the hidden size has one.
+        qk_norm: whether each head's queries and keys are normalised before rotation.
+        sliding_windows: for each layer, how many of the newest tokens a token attends, itself included; None for all,
+            which is every layer's default.
     """
 
     vocab_size: int
@@ -85,11 +85,11 @@ class LlamaConfig:
 
     @property
     def alibi_slopes(self) -> None:
-        """Positions are rotary."""
+        """None: positions are rotary."""
 
 
 def read_decoder(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `LlamaConfig` that are read alike in all families of this decoder.
+    """The arguments of `LlamaConfig` that all families with this decoder read in the same way.
 
     Raises:
         ValueError: as `LlamaConfig.from_json`.

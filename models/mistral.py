@@ -1,4 +1,4 @@
-"""Mistral: Llama's decoder, of which 7B v0.1 attends a sliding window."""
+"""Mistral: Llama's decoder, with a sliding window in 7B v0.1."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from kivi_jax.models.llama import WEIGHTS, LlamaConfig, read_decoder
 
 __all__ = ["WEIGHTS", "MistralConfig"]
 
-# Of transformers, where config.json doesn't have the field at all.
+# transformers' defaults, for fields that are absent from config.json.
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
 
 
@@ -17,7 +17,7 @@ class MistralConfig(LlamaConfig):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "MistralConfig":
-        """As `LlamaConfig.from_json`; `sliding_window` is that of all layers, and null for none."""
+        """As `LlamaConfig.from_json`; `sliding_window` holds for all layers, and null means none."""
         fields = {**DEFAULTS, **fields}
         shared = read_decoder(fields)
         window = fields["sliding_window"]

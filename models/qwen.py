@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3: Llama's decoder, the one with biases of queries, keys and values, the other with their norms."""
+"""Qwen2 and Qwen3: Llama's decoder, with biases of queries, keys and values, or with norms of queries and keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from kivi_jax.models.llama import WEIGHTS, LlamaConfig, read_decoder
 
 __all__ = ["WEIGHTS", "Qwen2Config", "Qwen3Config"]
 
-# Of transformers, where config.json doesn't have the field at all.
+# transformers' defaults, for fields that are absent from config.json.
 DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
 
@@ -40,7 +40,7 @@ class Qwen3Config(LlamaConfig):
 
 
 def _read_windows(fields: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """By default, the layers from `max_window_layers` on attend the window."""
+    """Each layer's window; by default, only the layers from `max_window_layers` on have one."""
     num_layers, first = fields["num_hidden_layers"], fields["max_window_layers"]
     window = fields["sliding_window"] if read_flag(fields, "use_sliding_window") else None
     if window is None:

@@ -17,7 +17,7 @@ Angles = tuple[Float[Array, "B T 1 half_dim"], Float[Array, "B T 1 half_dim"]]
 
 @dataclasses.dataclass(frozen=True)
 class LinearRope:
-    """Position interpolation (Chen et al. 2023): every frequency divided by `factor`."""
+    """Position interpolation (Chen et al. 2023): every frequency is divided by `factor`."""
 
     factor: float
 
@@ -46,7 +46,7 @@ class Llama3Rope:
 
 @dataclasses.dataclass(frozen=True)
 class YarnRope:
-    """YaRN (Peng et al. 2023): blends by the channel, and scales queries and keys by `attention_factor`."""
+    """YaRN (Peng et al. 2023): stretches channels differently, and scales queries and keys by `attention_factor`."""
 
     factor: float
     original_max_position_embeddings: int
@@ -56,7 +56,7 @@ class YarnRope:
     truncate: bool = True
 
     def rescale(self, frequencies: np.ndarray) -> np.ndarray:
-        # Up to the first of these channels frequencies are kept, from the second on they are stretched.
+        # Frequencies are kept up to channel `kept`, stretched from channel `stretched` on, and blended in between.
         kept = self._channel_of(self.beta_fast, frequencies)
         stretched = self._channel_of(self.beta_slow, frequencies)
         if self.truncate:
@@ -68,7 +68,7 @@ class YarnRope:
         return frequencies * (1 - ramp + ramp / self.factor)
 
     def _channel_of(self, rotations: float, frequencies: np.ndarray) -> float:
-        """The channel, not rounded, that turns this often over the original length; channel 0 turns by 1 radian."""
+        """The unrounded channel that turns this often over the original length; channel 0 turns 1 radian a token."""
         wanted = 2 * math.pi * rotations / self.original_max_position_embeddings
         return -math.log(wanted) / math.log(frequencies[0] / frequencies[1])
 
@@ -77,8 +77,8 @@ class YarnRope:
 class DynamicRope:
     """Dynamic NTK scaling: beyond the original length, the base grows with the length of the text.
 
-    As in transformers, the length is what a row has in the forward pass that makes a key, so that a text's keys differ
-    with the passes it arrived in.
+    As in transformers, a key is rotated by its row's length in the forward pass that computes it, so a text's keys
+    depend on how it was split into passes.
     """
 
     factor: float
@@ -137,7 +137,7 @@ def read_rope(fields: Mapping[str, Any], head_dim: int) -> tuple[float, RopeScal
     The longest text is `max_position_embeddings`, or more where `dynamic` and `yarn` extend it.
 
     Raises:
-        ValueError: an unknown rope type, or one that lacks its fields or does not fit `head_dim`.
+        ValueError: the rope type is unknown, lacks its fields or does not fit `head_dim`.
     """
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(fields.get(name) or {}, Mapping):
@@ -205,12 +205,12 @@ def _read_yarn(rope: Mapping[str, Any], original: int, max_positions: int) -> Ya
 
 
 def _amplitude(factor: float, weight: float) -> float:
-    """Equation 22 of the paper, with the weight that DeepSeek gives its logarithm."""
+    """YaRN's attention factor (equation 22 of the paper), with DeepSeek's weight for its logarithm."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _original_length(fields: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
-    """Where both are there, transformers lets the field beside the rope parameters win."""
+    """The length before scaling. As in transformers, the field beside the rope parameters wins over the one in them."""
     name = "original_max_position_embeddings"
     length = fields.get(name) or rope.get(name) or fields["max_position_embeddings"]
     if not is_size(length):

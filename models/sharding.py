@@ -1,7 +1,7 @@
 """Where parameters lie on a mesh: tensor parallelism over its axis "model" (Shoeybi et al. 2019).
 
-Projections into heads and into the feed-forward layer are split by outputs, those back by inputs, embeddings and head
-by vocabulary. Whatever else there is, and other axes of the mesh, hold copies.
+Projections into heads and into the feed-forward layer are split by outputs, the projections back by inputs, embeddings
+and output head by vocabulary. Other parameters are copied to every device. Other axes of the mesh hold copies of all.
 """
 
 import re
@@ -10,10 +10,10 @@ from typing import Any
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MODEL_AXIS = "model"
-DATA_AXIS = "data"  # of the batch, where a mesh has it
+DATA_AXIS = "data"  # splits batches, if the mesh has it
 _OUTPUTS, _INPUTS = PartitionSpec(MODEL_AXIS), PartitionSpec(None, MODEL_AXIS)
-# Parameter path, how it is split, and the field of the configuration that counts the pieces it may be cut into: heads
-# stay whole. None: any.
+# Parameter path, how it is split, and the configuration's field that counts the pieces which must stay whole, such as
+# heads. With None, it may be split anywhere.
 SPLITS = (
     (r".*\.q_proj\.(kernel|bias)", _OUTPUTS, "num_heads"),
     (r".*\.[kv]_proj\.(kernel|bias)", _OUTPUTS, "num_kv_heads"),
@@ -35,7 +35,7 @@ def parameter_sharding(path: str, shape: tuple[int, ...], config: Any, mesh: Mes
 
 
 def tensor_parallel_mesh(mesh: Mesh) -> Mesh:
-    """`mesh` with axes that the compiler partitions over; explicit ones would ask each operation for its sharding.
+    """`mesh` with axes that the compiler partitions over; with explicit ones, each operation would need a sharding.
 
     Raises:
         ValueError: there is no axis "model".

@@ -11,10 +11,10 @@ Slopes = Sequence[float] | Float[Array, " Hq"]
 
 
 def alibi_bias(slopes: Slopes, tokens: Int[Array, "*batch T"], head_dim: int) -> Float[Array, "*batch Hq T"]:
-    """What is added to the scaled scores of the keys of `tokens`, one slope a query head, float32.
+    """The bias to add to scaled attention scores, for keys at positions `tokens` and each query head's slope, float32.
 
-    As Falcon was trained, slope, position and product are rounded to bfloat16, and the product is scaled by 1/√D like
-    q·k. The rounding is why the position counts from the row's first token, and not from the query.
+    As in Falcon's training, slope, position and product are rounded to bfloat16, and the product is scaled by 1/√D like
+    q·k. Because of the rounding, positions have to count from the row's first token and not from the query.
     """
 
     def round_to_bfloat16(x: Array) -> Array:  # a cast there and back may be optimised away

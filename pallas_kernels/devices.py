@@ -1,4 +1,4 @@
-"""What the device of this process is."""
+"""What kind of device this process runs on."""
 
 import re
 
@@ -6,9 +6,9 @@ import jax
 
 
 def nvidia_capability() -> float | None:
-    """Compute capability of the default device, 8.0 for an A100; None if it is no NVIDIA GPU."""
+    """Compute capability of the default device, such as 8.0 for an A100; None if it is not an NVIDIA GPU."""
     device = jax.devices()[0]
-    # AMD's GPUs have a name there.
+    # For AMD's GPUs it is a name.
     if device.platform != "gpu" or not re.fullmatch(r"\d+\.\d+", device.compute_capability):
         return None
     return float(device.compute_capability)

@@ -16,8 +16,8 @@ import jax
 import typer
 
 import kivi_jax
+from kivi_jax.batching import PromptBatch
 from kivi_jax.cli import one_line_errors
-from kivi_jax.generation import PromptBatch
 from kivi_jax.text import encode
 
 PASS_KEY = "48213"

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 jaxtyping.install_import_hook("kivi_jax", "beartype.beartype")
 
 import kivi_jax  # noqa: E402
-from tests.checkpoints import TINY, write_checkpoint  # noqa: E402
+from tests.tiny_checkpoint import TINY, write_checkpoint  # noqa: E402
 
 
 def pytest_report_header() -> str:

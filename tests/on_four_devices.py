@@ -13,14 +13,14 @@ import kivi_jax
 from benchmarks import mesh as mesh_report
 from benchmarks.mesh import collectives, compile_decode_loop
 from kivi_jax import KVConfig
-from kivi_jax.decoding import decode_step
+from kivi_jax.checkpoints.weights import abstract_weights, flatten_paths, nest_paths
 from kivi_jax.kv import kv_bytes
 from kivi_jax.model import Params
 from kivi_jax.models.falcon import FalconConfig
 from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import abstract_model
 from kivi_jax.partition import make_partition
-from kivi_jax.weights import abstract_weights, flat, nested
+from kivi_jax.steps import decode_step
 from tools.offline.abstract_models import abstract_decoding, abstract_params
 
 MODEL = Mesh(jax.devices(), ("model",))
@@ -65,9 +65,9 @@ def random_params(family, dtype="float32", mesh=None) -> Params:
             (generator.standard_normal(leaf.shape) * (0.2 if len(leaf.shape) > 1 else 1)).astype(leaf.dtype),
             abstract[path].sharding,
         )
-        for path, leaf in flat(shapes).items()
+        for path, leaf in flatten_paths(shapes).items()
     }
-    return Params(nested(weights), model_type, config, mesh=mesh)
+    return Params(nest_paths(weights), model_type, config, mesh=mesh)
 
 
 def run(params: Params, kv, lengths) -> tuple[np.ndarray, kivi_jax.KVState]:

@@ -16,9 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 import kivi_jax
+from kivi_jax.checkpoints.load import DEMO_FOLDER
 from kivi_jax.cli import app
-from kivi_jax.loading import DEMO_FOLDER
-from tests.checkpoints import write_checkpoint
+from tests.tiny_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -53,6 +53,12 @@ def test_prints_prompt_and_completion():
     result = run("generate", "--prompt", prompt, "--max-new-tokens", "12")
     assert result.exit_code == 0
     assert result.stdout == f"{prompt}{expected.text}\n"
+
+
+def test_prints_the_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"kivi-jax {kivi_jax.__version__}\n"
 
 
 def test_several_prompts_are_one_batch():

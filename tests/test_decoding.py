@@ -11,8 +11,8 @@ import pytest
 import kivi_jax
 from benchmarks.memory import decode_loop_memory
 from kivi_jax import KVConfig
-from kivi_jax.decoding import PREFILL_TOKENS
-from tests.checkpoints import TINY, random_tensors, write_checkpoint
+from kivi_jax.steps import PREFILL_TOKENS
+from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint
 from tools.offline.abstract_models import MODELS
 from tools.oracle.dequantized import read_codes
 from tools.oracle.numpy_kivi import NumpyLlama

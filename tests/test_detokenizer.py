@@ -7,8 +7,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kivi_jax.checkpoints.load import DEMO_FOLDER
 from kivi_jax.detokenizer import Detokenizer, _byte_letters
-from kivi_jax.loading import DEMO_FOLDER
 from kivi_jax.text import load_tokenizer
 from tests.fallback_tokenizer import BYTE, beyond, byte_fallback, byte_tokens, fallback_text
 

@@ -15,7 +15,7 @@ from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.loop import random_key
 from kivi_jax.sampling import Greedy
 from kivi_jax.steps import insert_prompts
-from tests.checkpoints import write_checkpoint
+from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -13,7 +13,7 @@ from kivi_jax.kv import dequantize_keys, dequantize_values, quantize_keys, quant
 from kivi_jax.model import Params
 from kivi_jax.request import GenerationSettings
 from kivi_jax.sampling import make_sampler
-from tests.checkpoints import write_checkpoint
+from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -15,12 +15,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import kivi_jax
+from kivi_jax.checkpoints.load import DEMO_FOLDER
 from kivi_jax.completions import CompletionReader
 from kivi_jax.decoding import continue_decoding, start_decoding
-from kivi_jax.loading import DEMO_FOLDER
 from kivi_jax.text import encode, load_tokenizer
-from tests.checkpoints import TINY, random_tensors, write_checkpoint
 from tests.fallback_tokenizer import PIECES, beyond, byte_fallback, byte_tokens, fallback_text
+from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

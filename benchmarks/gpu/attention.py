@@ -23,11 +23,11 @@ from jaxtyping import Float, Int
 
 from benchmarks.gpu.timing import Run, interleaved, timed
 from benchmarks.gpu.worker import Record, reason, serve
-from kivi_jax.attention import decode_attention
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.dense import DenseLayer
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.kv.state import kv_bytes
+from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 
 DTYPE = jnp.bfloat16
 ROTATED_BYTES = 256 * 2**20  # several times the L2 cache
@@ -119,7 +119,8 @@ def layer_attention(
     implementation: str, q: Float[Array, "B Hq D"], lengths: Int[Array, " B"], cache: Any
 ) -> Float[Array, "B Hq D"]:
     k, v, layer = cache
-    return decode_attention(q, k, v, layer, lengths, implementation=implementation)
+    new = (x[:, None] for x in (q, k, v))
+    return decode_attention(*new, layer, lengths, implementation=implementation)[:, 0]
 
 
 def cache_shapes(case: Case, storage: str) -> Any:

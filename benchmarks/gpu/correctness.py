@@ -4,6 +4,7 @@ Rows of one batch lie around the edges of the ring and of the kernel's tiles; on
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.worker import Record, reason, serve
-from kivi_jax.attention import decode_attention
 from kivi_jax.kv import KVConfig
+from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
+from kivi_jax.pallas_kernels.heads import Heads
 from tools.oracle.decode_attention import NMSE, oracle, stored
 
 WRONG = 1e9  # an error that is no number
@@ -136,8 +138,9 @@ def row_errors(case: Case, kernel: str) -> dict[int, float]:
     rows = len(case.lengths)
     q = jnp.asarray(generator.standard_normal((rows, query_heads, head_dim)), dtype)
     k, v = jnp.asarray(generator.standard_normal((2, rows, kv_heads, head_dim)), dtype)
-    attend = jax.jit(lambda *args: decode_attention(*args, case.slopes, implementation=kernel))
-    out = np.asarray(attend(q, k, v, layer, state.lengths), np.float64)
+    attend = jax.jit(functools.partial(decode_attention, heads=Heads(case.slopes), implementation=kernel))
+    new = (x[:, None] for x in (q, k, v))
+    out = np.asarray(attend(*new, layer, state.lengths)[:, 0], np.float64)
     expected = oracle(q, k, v, state, window, case.slopes)
     errors = ((out - expected) ** 2).sum((1, 2)) / (expected**2).sum((1, 2))
     # Not a number would compare with nothing, and JSON has none.

@@ -1,6 +1,6 @@
-"""Codes as the GPU's matrix unit wants them, and arithmetic in pairs of 16 bits, in registers.
+"""Unpacks codes for the GPU's matrix unit, and computes with pairs of 16-bit numbers in a register.
 
-Triton has no operations for either but inline assembly. Each is there a second time as plain JAX, for the interpreter.
+Triton can do either only by inline assembly. Each function has a plain JAX version beside it for the interpreter.
 """
 
 import struct
@@ -12,19 +12,18 @@ from jax import Array
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int16
 
-from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import wide
+from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import to_float32
 
 MANTISSA_BITS = {jnp.dtype(jnp.bfloat16): 7, jnp.dtype(jnp.float16): 10}
-USED_BITS = 7  # the highest ones: a float16 scale times a code in lower ones would be too small a number
+USED_BITS = 7  # the highest ones: a float16 scale times a code in lower bits would underflow
 
 
 class Field(NamedTuple):
-    """Where a code lies in a half of a word, and where it goes.
+    """Where a code lies in half a word, and where it goes in a mantissa.
 
     Attributes:
-        shift: by how many bits the half is moved to the right (to the left if negative), the same for as many fields as
-            possible.
-        position: of the code's lowest bit in the mantissa then.
+        shift: bits by which the half word is shifted right, or left if negative; as many fields as possible share one.
+        position: the mantissa bit at which the code then begins.
         unit: an unpacked code is -(1 + code / unit).
     """
 
@@ -34,7 +33,7 @@ class Field(NamedTuple):
 
 
 def fields_of(bits: int, dtype: Any) -> list[Field]:
-    """Of a half of a word, from its lowest bit on."""
+    """The fields of half a word, from its lowest bit on."""
     lowest = MANTISSA_BITS[jnp.dtype(dtype)] - USED_BITS
     together = USED_BITS // bits
     places = [divmod(i, together) for i in range(16 // bits)]
@@ -47,9 +46,9 @@ def fields_of(bits: int, dtype: Any) -> list[Field]:
 def unpack(
     halves: Int16[Array, "*n"], field: Field, bits: int, dtype: Any, interpret: bool
 ) -> Float[Array, "*n"]:
-    """`-(1 + code / unit)`: the code becomes bits of the mantissa of a minus one.
+    """`-(1 + code / unit)`: the code is put into the mantissa of -1.
 
-    Flipping the top bit of a field, which is code - 2^(bits - 1) in two's complement, makes it the code.
+    A field holds code - 2^(bits - 1) in two's complement; flipping its top bit gives the code.
     """
     mantissa = MANTISSA_BITS[jnp.dtype(dtype)]
     minus_one = ((2 ** (14 - mantissa) - 1) << mantissa) - 2**15
@@ -70,7 +69,7 @@ def unpack(
 
 
 def negative(scale: Float[Array, "*n"], interpret: bool) -> Float[Array, "*n"]:
-    """-scale, as an exclusive or: the assembler would pair the halves of a plain scale anew for each use."""
+    """-scale, by an exclusive or: the assembler would pair the halves of a plain scale again for each use."""
     if interpret:
         return -scale
     return _in_pairs("xor.b32 $0, $1, 0x80008000;", scale.dtype, scale)
@@ -81,7 +80,9 @@ def scaled(
 ) -> Float[Array, "*n"]:
     """scale · code / unit, rounded once."""
     if interpret:
-        return (wide(unpacked) * wide(negative_scale) + wide(negative_scale)).astype(unpacked.dtype)
+        return (to_float32(unpacked) * to_float32(negative_scale) + to_float32(negative_scale)).astype(
+            unpacked.dtype
+        )
     kind = "bf16x2" if unpacked.dtype == jnp.bfloat16 else "f16x2"
     return _in_pairs(f"fma.rn.{kind} $0, $1, $2, $2;", unpacked.dtype, unpacked, negative_scale)
 
@@ -100,7 +101,7 @@ def _in_pairs(assembly: str, dtype: Any, *args: Array) -> Array:
 def exp2_of_sum(
     x: Float[Array, "*n"], factor: float, y: Float[Array, "*n"], interpret: bool
 ) -> Float[Array, "*n"]:
-    """2^(x · factor + y) in two instructions; what is below the smallest normal number becomes 0."""
+    """2^(x · factor + y) in two instructions; subnormal results become 0."""
     if interpret:
         return jnp.exp2(x * factor + y)
     (bits,) = struct.unpack("<I", struct.pack("<f", factor))

@@ -23,7 +23,7 @@ from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import (
     dot,
     pieces,
     score_unit,
-    wide,
+    to_float32,
 )
 
 EXACT_TOKENS = 16  # exact tokens taken at a time
@@ -31,7 +31,7 @@ MERGED_ITEMS = 32  # items merged at a time
 
 
 def compiler_params(warps: int) -> Any:
-    """Of a program of so many warps. Of its innermost loops, the loads of two passes are under way at a time."""
+    """For programs of `warps` warps. Three stages: in innermost loops, the loads of two passes are in flight."""
     return plgpu.CompilerParams(num_warps=warps, num_stages=3)
 
 
@@ -69,13 +69,13 @@ def _begin(plan: Plan, ref: dict[str, Any], entry: Array, head: Array, block: Ar
 
 
 def _attend_exact(plan: Plan, ref: dict[str, Any], item: Item) -> Sums:
-    """The new token, the ring and the sinks."""
+    """Attends the new token, the ring and the sinks."""
     q = ref["q"][item.row, item.query_heads[None, :], jnp.arange(plan.head_dim)[:, None]]
-    score = jnp.sum(wide(q) * wide(ref["k"][item.row, item.new_head, :])[:, None], axis=0)
+    score = jnp.sum(to_float32(q) * to_float32(ref["k"][item.row, item.new_head, :])[:, None], axis=0)
     if item.slopes is not None:
         score += bias(item.slopes, item.length)
     score = score * score_unit(plan)
-    values = (wide(ref["v"][item.row, item.new_head, channels]) for channels in pieces(plan))
+    values = (to_float32(ref["v"][item.row, item.new_head, channels]) for channels in pieces(plan))
     weighted = tuple(jnp.broadcast_to(x[:, None], (x.size, plan.rows)) for x in values)
     sums = Sums(score, jnp.ones(plan.rows), weighted)
     places = jnp.arange(EXACT_TOKENS)
@@ -108,7 +108,7 @@ def _add_exact(
     tokens: Int[Array, " T"],
     oldest: int,
 ) -> Sums:
-    """Adds `tokens`, which lie in `slots`, of those from `oldest` on that the sliding window reaches."""
+    """Adds `tokens`, which lie in `slots`, except those before `oldest` or the sliding window."""
     scores = dot(k[item.row, item.head, slots[:, None], jnp.arange(plan.head_dim)[None, :]], q)
     if item.slopes is not None:
         scores += bias(item.slopes, tokens)
@@ -128,7 +128,7 @@ def _add_exact(
 
 
 def merge(*refs: Any, shared: int, names: tuple[str, ...]) -> None:
-    """One row's and query head's softmax over the items of the row."""
+    """Merges the items of a row into its output, for one query head."""
     ref = dict(zip(names, refs, strict=True))
     row, query_head = pl.program_id(0), pl.program_id(1)
     head, place = jax.lax.div(query_head, shared), jax.lax.rem(query_head, shared)

@@ -1,9 +1,9 @@
-"""The packed tokens of an item of the GPU kernel.
+"""Attends the packed tokens of an item of the GPU kernel.
 
-Codes never leave registers once they are unpacked, because of the order in which tokens are taken: a tile is 16
-words, 256 tokens, and one matrix product takes the same field of each of the 16. Softmax does not care for the order,
-and keys, values, scales and masks follow it alike. Keys and values are the products' left sides and the queries' heads
-their columns: of those a product has 8 at the least, which is what most models' query heads of a KV head fit in.
+The order of tokens is such that codes never leave registers once they are unpacked: a tile is 16 words, 256 tokens, and
+one matrix product takes the same field of all 16. Softmax doesn't depend on the order, and keys, values, scales and
+masks all follow it. Keys and values are the left sides of products, and query heads their columns: a product has at
+least 8, into which most models' query heads of a KV head fit.
 """
 
 import functools
@@ -35,20 +35,20 @@ from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import (
     score_unit,
 )
 
-KEY_CHANNELS = 32  # channels of keys unpacked at a time, as registers allow
-SUMMED = 16  # rows of the products that sum probabilities, with values' zeros or alone: the fewest there are
+KEY_CHANNELS = 32  # channels of keys unpacked at a time, as many as registers allow
+SUMMED = 16  # rows of the products that sum probabilities, weighted by zeros or not: the fewest possible
 
 
 class PackedSums(NamedTuple):
-    """Sums over packed tokens, with the zero of a value apart, which its group of channels shares.
+    """Sums over packed tokens. The zeros of values are summed apart, since a group of channels shares one.
 
-    `weighted` sums probability times scale times code. Of `zeros`, one for each unit of values' fields, row g sums
-    probability times unit times the zero of group g. Every row of `denominators` sums the probabilities.
+    `weighted` sums probability · scale · code. `zeros` has an array for each unit of values' fields, whose row g sums
+    probability · unit · the zero of group g. Every row of `denominators` sums the probabilities.
     """
 
     maximum: Float[Array, " rows"]
     denominators: Float[Array, "16 rows"]
-    weighted: tuple[Float[Array, "C rows"], ...]  # by piece of the channels
+    weighted: tuple[Float[Array, "C rows"], ...]  # one for each piece of the channels
     zeros: tuple[Float[Array, "16 rows"], ...]
 
     def shrunk_to(self, maximum: Float[Array, " rows"]) -> "PackedSums":
@@ -94,30 +94,30 @@ def _units(bits: int, dtype: Any) -> list[float]:
 
 
 def _words(plan: Plan, tile: Array) -> Int32[Array, " W"]:
-    """The 16 words of a tile, as counted in the row; a word is that of 16 tokens, whatever the bits.
+    """Indices of a tile's 16 words in the row; a word here has 16 tokens, whatever the bits.
 
-    The tile may reach beyond what there is: then its last words are all the last one.
+    A tile may reach beyond the capacity. The words beyond it become the last one.
     """
     words = tile * WORDS + jnp.arange(WORDS)
     return jnp.minimum(words, plan.capacity // WORD_TOKENS - 1) if plan.capacity % TILE else words
 
 
 def _groups(plan: Plan, tile: Array) -> Int32[Array, " groups"]:
-    """Those of keys in a tile, as counted in the row; the last one for those beyond what there is."""
+    """Indices of a tile's key groups in the row; those beyond the capacity become the last one."""
     count = TILE // plan.group_size
     groups = tile * count + jnp.arange(count)
     return jnp.minimum(groups, plan.capacity // plan.group_size - 1) if plan.capacity % TILE else groups
 
 
 def _repeat(x: Float[Array, "n C"], times: int) -> Float[Array, "m C"]:
-    """Each row so many times."""
+    """Repeats each row `times` times."""
     return jnp.broadcast_to(x[:, None], (x.shape[0], times, x.shape[1])).reshape(-1, x.shape[1])
 
 
 def _first_tokens(plan: Plan, item: Item, tile: Array) -> Int32[Array, " W"]:
-    """Of the tile's words. What lies beyond the row's packed tokens gets a token from there.
+    """The first token of each of a tile's words; for words without packed tokens one beyond these, which is masked.
 
-    Tokens of a row are in places, which are the tokens themselves unless blocks form a ring.
+    A token's place in the row is the token itself, unless the blocks form a ring.
     """
     places = tile * TILE + WORD_TOKENS * jnp.arange(WORDS)
     if plan.sliding_window is None:
@@ -126,13 +126,13 @@ def _first_tokens(plan: Plan, item: Item, tile: Array) -> Int32[Array, " W"]:
     slot = jax.lax.div(places, plan.residual)
     newest = jax.lax.div(item.length, plan.residual) - 1
     block = newest - jax.lax.rem(newest + blocks - slot, blocks)
-    # There may be no such block yet, and the last tile may reach beyond the ring.
+    # The block may not exist yet, and the last tile may reach beyond the ring.
     stored = (block >= 0) & (slot < blocks)
     return jnp.where(stored, places + (block - slot) * plan.residual, item.length)
 
 
 def _is_partial(plan: Plan, item: Item, tile: Array) -> Array | bool:
-    """Whether not all of a tile's tokens are attended."""
+    """Whether some of a tile's tokens may not be attended."""
     if plan.sliding_window is not None:
         return True
     partial = (tile + 1) * TILE > item.length - plan.residual
@@ -160,7 +160,7 @@ def _add_tile(
     maximum = (functools.reduce(jnp.maximum, highest) * unit).max(0)
     sums = sums.shrunk_to(jnp.maximum(sums.maximum, maximum))
     shared = shared * unit - sums.maximum[None, :]
-    # Times the units of the values that they weight, which costs nothing here.
+    # Multiplied by the units of the values that they weight, which costs nothing in the exponent.
     value_units = _units_of_word(plan.value_bits, dtype)
     shared_by_unit = {of: shared + math.log2(of) for of in set(value_units)}
     probabilities = [
@@ -168,7 +168,7 @@ def _add_tile(
         for x, key_unit, value_unit in zip(more, key_units, value_units, strict=True)
     ]
 
-    # Of a word's tokens, one after the other.
+    # The places of each word's tokens, in order.
     places = words[:, None] * WORD_TOKENS + jnp.arange(WORD_TOKENS)[None, :]
     denominators = sums.denominators
     zeros = dict(zip(_units(plan.value_bits, dtype), sums.zeros, strict=True))
@@ -193,7 +193,7 @@ def _add_tile(
 def _zeros(
     plan: Plan, ref: dict[str, Any], item: Item, places: Int32[Array, "W fields"]
 ) -> list[Float[Array, "16 W"]]:
-    """Values' zeros by group, again and again in as many rows as it takes, of every word's first token, second, …"""
+    """Values' zeros of the first token of every word, the second, …: a row for each group, repeated to 16 rows."""
     groups = jnp.arange(plan.groups)[:, None]
     zero = ref["v_zero"][item.row, item.head, groups, places.reshape(1, -1)]
     times = SUMMED // plan.groups
@@ -211,10 +211,10 @@ def _scores(
     words: Int32[Array, " W"],
     interpret: bool,
 ) -> tuple[list[Float[Array, "W rows"]], Float[Array, "W rows"], list[float]]:
-    """What one token of every word after the other has beside what a word's tokens share, in units of its own: a score
-    is `shared + unit · more`, and `more` is -inf where a token is not attended.
+    """Scores as `shared + unit · more`: `more` and `unit` for the first token of every word, the second, …, and
+    `shared` for all tokens of a word. `more` is -inf where a token is not attended.
 
-    A key is `zero + scale · code`. Only the product is rounded, and only where more than one bit of the code is set.
+    A key is `zero + scale · code`. Only the product is rounded, and only if more than one bit of the code is set.
     """
     groups = _groups(plan, tile)
     dtype = ref["q"].dtype
@@ -251,20 +251,20 @@ def _scores(
         return [jnp.where(((j >= lowest) & (j < end))[:, None], x, -jnp.inf) for j, x in enumerate(more)]
 
     partial = _is_partial(plan, item, tile)
-    # A constant condition does not lower.
+    # `cond` does not lower if its condition is constant.
     more = mask(more) if partial is True else jax.lax.cond(partial, mask, lambda more: more, more)
     return more, shared, units
 
 
 def _units_of_word(bits: int, dtype: Any) -> list[float]:
-    """Of the fields of `WORD_TOKENS` tokens."""
+    """The units of the fields of `WORD_TOKENS` tokens."""
     return [field.unit for field in fields_of(bits, dtype)] * (WORD_TOKENS * bits // 16)
 
 
 def _read_codes(
     codes: Any, item: Item, words: Int32[Array, " W"], channels: Int[Array, " C"], bits: int, dtype: Any
 ) -> list[tuple[Int16[Array, "W C"], Field]]:
-    """Codes of every 16 tokens, which at 2 bits are a word and at 4 bits two: fields of halves of words."""
+    """Codes of 16 tokens a word, as half words and their fields; at 4 bits, two words of the state are one here."""
     found = []
     for i in range(bits // 2):
         rows = bits // 2 * words + i
@@ -275,7 +275,7 @@ def _read_codes(
 
 
 def _split(x: Float[Array, "*n fields"]) -> list[Float[Array, "*n"]]:
-    """Along the last axis, of a power of two."""
+    """Splits `x` along its last axis, whose size is a power of two."""
     count = x.shape[-1]
     parts = [(0, x.reshape(*x.shape[:-1], *[2] * (count.bit_length() - 1)))]
     weight = 1

@@ -1,4 +1,4 @@
-"""How the GPU kernel's work is cut."""
+"""How the GPU kernel's work is divided."""
 
 import dataclasses
 
@@ -8,14 +8,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
-WORDS = 16  # of a tile: rows of a matrix product of keys, and what one of values sums over
-WORD_TOKENS = 16  # a word here is that of 16 tokens, whatever the bits
+WORDS = 16  # words in a tile: rows of a matrix product with keys, and what one with values sums over
+WORD_TOKENS = 16  # tokens of what is called a word here, whatever the bits
 TILE = WORDS * WORD_TOKENS
-# A program is a warp that takes up to 255 registers, of which a multiprocessor has 65536 (Ampere to Blackwell).
+# A program is a warp with up to 255 registers a thread, and a multiprocessor has 65536 (Ampere to Blackwell).
 WARPS_PER_MULTIPROCESSOR = 8
-MULTIPROCESSORS = 132  # of an H100, where a program is compiled without a GPU
-ITEM_TILES = 0.75  # what an item costs beside its tiles, to begin, to write and to merge
-# Programs in a round, by how many run at once: not all are as quick, and others then take the places of those that are.
+MULTIPROCESSORS = 132  # an H100's, for programs that are compiled without a GPU
+ITEM_TILES = 0.75  # what it costs to begin, write and merge an item, in tiles
+# Programs in a round, as a multiple of those that run at once: where one ends early, another takes its place.
 AHEAD = 2
 MOST_ROUNDS = 2
 CANDIDATES = 64  # sizes of items that are compared
@@ -23,7 +23,7 @@ CANDIDATES = 64  # sizes of items that are compared
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compiled kernel is made for. `capacity` counts packed tokens."""
+    """The static properties of a call, for which a kernel is compiled. `capacity` counts packed tokens."""
 
     shared: int
     kv_heads: int
@@ -39,12 +39,12 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        """Of a token's channels, one for each scale of values."""
+        """Channel groups of a token; each has one value scale."""
         return self.head_dim // self.group_size
 
     @property
     def rows(self) -> int:
-        """Query heads of a program; fewer are padded."""
+        """Query heads in a program; fewer are padded."""
         return rows_of_program(self.shared, self.head_dim)
 
     @property
@@ -53,13 +53,13 @@ class Plan:
 
 
 def rows_of_program(shared: int, head_dim: int) -> int:
-    """Columns of its matrix products, for `shared` query heads of a KV head: as many as registers allow."""
+    """Query heads in a program, of `shared` on a KV head: the columns of its products, as many as registers allow."""
     return 16 if shared > 8 and head_dim == 64 else 8
 
 
 def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Row, first tile and tiles of every item (-1 tiles: the exact tokens; 0: nothing to do); and of every row the
-    first of its packed items, their number, and its exact one.
+    """Every item's row, first tile and number of tiles (-1: the row's exact tokens; 0: nothing to do); and every row's
+    first packed item, number of packed items, and exact item.
     """
     batch = lengths.shape[0]
     most_tiles = -(-plan.capacity // TILE)
@@ -67,7 +67,7 @@ def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], 
     at_once = AHEAD * WARPS_PER_MULTIPROCESSOR * _multiprocessors()
     most_packed = max(MOST_ROUNDS * at_once // per_item, batch)
     tiles = -(-jnp.clip(lengths - plan.residual, 0, plan.capacity) // TILE)
-    # Items are about equally long, and so programs that begin together end together.
+    # Items are about equally long, so that programs which begin together end together.
     sizes = jnp.asarray(np.unique(np.geomspace(1, most_tiles, CANDIDATES).round()), jnp.int32)
     packed = (-(-tiles // sizes[:, None])).sum(1)
     rounds = -(-packed * per_item // at_once)
@@ -75,7 +75,7 @@ def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], 
     most_in_item = sizes[jnp.argmin(cost)]
     packed = -(-tiles // most_in_item)
     size = -(-tiles // jnp.maximum(packed, 1))
-    # Those of exact tokens are the shortest and come last, to fill what is left of a round.
+    # Items of exact tokens are the shortest and come last, to fill the rest of a round.
     last = jnp.cumsum(packed)
     first, exact = last - packed, last[-1] + jnp.arange(batch)
     number = jnp.arange(min(most_packed, batch * most_tiles) + batch)

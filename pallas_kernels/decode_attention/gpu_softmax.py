@@ -9,12 +9,12 @@ from jaxtyping import Float, Int, Int32
 
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Plan
 
-VALUE_CHANNELS = 32  # of a piece; they belong to one group
-LOWEST = -1e30  # of a maximum; finite, so that a difference of two is a number
+VALUE_CHANNELS = 32  # channels of values in a piece, all of one group
+LOWEST = -1e30  # a maximum before any score; finite, so that the difference of two is not NaN
 
 
 class Item(NamedTuple):
-    """Where a program is: its row of the batch, its KV head among the new token's and in the state, its query heads."""
+    """What a program attends: a row of the batch, a KV head in the new token and in the state, and query heads."""
 
     row: Array
     length: Array
@@ -25,11 +25,11 @@ class Item(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """An online softmax in base 2, and what its probabilities weight."""
+    """An online softmax in base 2, and the values weighted by it, unnormalised."""
 
     maximum: Float[Array, " rows"]
     denominator: Float[Array, " rows"]
-    weighted: tuple[Float[Array, "C rows"], ...]  # by piece of the channels
+    weighted: tuple[Float[Array, "C rows"], ...]  # one for each piece of the channels
 
     def shrunk_to(self, maximum: Float[Array, " rows"]) -> "Sums":
         shrink = jnp.exp2(self.maximum - maximum)
@@ -41,15 +41,15 @@ def score_unit(plan: Plan) -> float:
 
 
 def bias(slopes: Float[Array, " rows"], tokens: Int[Array, "*T"]) -> Float[Array, "*T rows"]:
-    """`alibi_bias` before it is scaled, as scores are; the slopes are rounded already."""
-    positions = wide(tokens.astype(jnp.bfloat16))
+    """`alibi_bias` before the scaling that scores get, too; the slopes are rounded already."""
+    positions = to_float32(tokens.astype(jnp.bfloat16))
     if positions.ndim:
         positions = positions[:, None]
-    return wide((slopes * positions).astype(jnp.bfloat16))
+    return to_float32((slopes * positions).astype(jnp.bfloat16))
 
 
 def pieces(plan: Plan) -> list[Int32[Array, " C"]]:
-    """The channels, a few at a time: as many values are unpacked as registers allow."""
+    """The channels in pieces: registers allow only so many unpacked values at a time."""
     return [start + jnp.arange(VALUE_CHANNELS) for start in range(0, plan.head_dim, VALUE_CHANNELS)]
 
 
@@ -57,5 +57,5 @@ def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def wide(x: Array) -> Float[Array, "*n"]:
+def to_float32(x: Array) -> Float[Array, "*n"]:
     return x.astype(jnp.float32)

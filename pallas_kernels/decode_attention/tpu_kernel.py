@@ -27,7 +27,7 @@ from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES, ROWS_16_BI
 
 
 def scratch_buffers(plan: Plan) -> dict[str, Any]:
-    """What stays in fast memory between grid steps, and within one."""
+    """Buffers in VMEM for what is kept between grid steps, and for results within one."""
     groups = plan.chunk // plan.keys.group_size
     value_rows = plan.chunk // plan.values.tokens * plan.channel_groups
     columns = plan.keys.lanes // LANES
@@ -37,16 +37,16 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
 
     return {
         "maximum": buffer(plan.heads, plan.rows, LANES),
-        # A part of the sum on every lane.
+        # Every lane holds a part of the sum.
         "denominator": buffer(plan.heads, plan.rows, LANES),
         "weighted": buffer(plan.heads, plan.rows, plan.head_dim),
-        # With `fold`, scaled queries: even rows, odd rows, each twice, then all in order.
+        # With `fold`, scaled queries: the even rows twice, the odd rows twice, then all rows in order.
         "queries": buffer(columns if plan.fold else 1, plan.heads, 3 * SUBLANES, LANES),
-        # Of each head of a unit.
+        # Scores for each head of a unit.
         "scores": buffer(plan.unroll, plan.chunk // LANES, plan.rows, LANES),
-        # Scales repeated for the rows they belong to; one group more may be read, though not used.
+        # Scales, repeated for the rows they apply to. One more group may be read, but is not used.
         "key_scales": buffer(plan.unroll, columns, plan.scale_repeats * (groups + 1), LANES),
-        # What the middle code decodes to; without `fold`, its product with the queries.
+        # What the middle code of a group decodes to, or without `fold` its products with the queries.
         "key_middles": buffer(
             plan.unroll,
             columns if plan.fold else 1,
@@ -75,12 +75,12 @@ def step(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> Non
     chunks = jax.lax.div(jnp.minimum(used - block * plan.block, plan.block) + (plan.chunk - 1), plan.chunk)
 
     def unit(i: Array) -> list[tuple[int, Array, Array]]:
-        """Number, head and chunk of those in unit `i`."""
+        """The heads of unit `i`: for each, its number in the unit, the head and the chunk."""
         first, chunk = jax.lax.rem(i, groups) * plan.unroll, jax.lax.div(i, groups)
         return [(u, first + u, chunk) for u in range(plan.unroll)]
 
-    # Three stages overlap, as none waits for another: a unit's values are weighted while the next one's keys are scored
-    # and the scales after that are prepared. The scheduler keeps to their order: keys first, which wait for nothing.
+    # Three independent stages overlap: a unit's values are weighted while the next one's keys are scored and the scales
+    # of the one after it are prepared. The scheduler keeps their order, so keys come first: they wait for nothing.
     @pl.when(chunks > 0)
     def attend() -> None:
         last = chunks * groups - 1
@@ -106,15 +106,15 @@ def step(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> Non
 
 
 class _Step:
-    """`length` is the row's, `block` the number of its block of packed tokens."""
+    """Attends one block of packed tokens; `length` is the row's length, `block` the block's number within the row."""
 
     def __init__(self, plan: Plan, refs: dict[str, Any], length: Array, block: Array, interpret: bool):
         self.plan, self.refs, self.length, self.block, self.interpret = plan, refs, length, block, interpret
-        # The oldest token that counts, but for the sinks.
+        # The oldest token that is attended, apart from the sinks.
         self.oldest = plan.sinks if plan.window is None else jnp.maximum(length + 1 - plan.window, plan.sinks)
 
     def begin(self, head: Array) -> None:
-        """Softmax over the new token, the ring and the sinks."""
+        """Begins the softmax with the new token, the ring and the sinks."""
         plan, refs = self.plan, self.refs
         q = refs["q"][head, : plan.rows, : plan.head_dim]
         new_k, new_v = (refs["new"][head, i : i + 1].astype(jnp.float32) for i in range(2))
@@ -147,7 +147,7 @@ class _Step:
         refs["weighted"][head] = weighted
 
     def _prepare_queries(self, head: Array, q: Array) -> None:
-        """With scales of two slots, even and odd rows, each twice, pack into rows of both."""
+        """Stores even and odd rows apart, each twice: times the scales of two slots, they pack into rows of both."""
         half = SUBLANES // 2
         for column, lanes in enumerate(split_lanes(q)):
             queries = self.refs["queries"].at[column, head]
@@ -162,12 +162,12 @@ class _Step:
         self.refs["out"][head] = out.astype(self.refs["out"].dtype)
 
     def score(self, u: int, head: Array, chunk: Array) -> None:
-        """Scores of the packed tokens of chunk `chunk` of the block."""
+        """Stores the scores of the packed tokens in a chunk of the block."""
         for i, x in enumerate(self._scores(u, head, chunk)):
             self.refs["scores"][u, i] = x
 
     def weigh(self, u: int, head: Array, chunk: Array, then: Callable[[], None] | None = None) -> None:
-        """Adds the values of what `score` scored last. `then` follows as soon as that is read."""
+        """Adds the weighted values of the tokens that `score` scored last; calls `then` once their scores are read."""
         plan, refs = self.plan, self.refs
         scores = [refs["scores"][u, i] for i in range(plan.chunk // LANES)]
         if then is not None:
@@ -184,19 +184,19 @@ class _Step:
         refs["weighted"][head] = refs["weighted"][head] * shrink[:, :1] + weighted
 
     def _finish(self, products: Array, token: Array, head: Array) -> Array:
-        """Scores, base 2, of products q·k."""
+        """Scores in base 2, from products q·k."""
         scores = products * self.plan.score_scale
         return scores + self._bias(token, head) if self.plan.alibi else scores
 
     def _bias(self, token: Array, head: Array) -> Array:
-        """`alibi_bias` of tokens on lanes, base 2."""
+        """`alibi_bias` of tokens on the lanes, in base 2."""
         slopes = round_to_bfloat16(self.refs["slopes"][head])
         lanes = 1 if token.ndim == 0 else token.shape[-1]
         position = round_to_bfloat16(jnp.broadcast_to(token, (1, lanes)).astype(jnp.float32))
         return round_to_bfloat16(slopes[:, :1] * position) * self.plan.score_scale
 
     def prepare_keys(self, u: int, head: Array, chunk: Array) -> None:
-        """What `score` needs of the scales."""
+        """Stores the scales and zeros of keys as `score` needs them."""
         plan, refs, keys = self.plan, self.refs, self.plan.keys
         groups = plan.chunk // keys.group_size
         rows = pl.ds(pl.multiple_of(chunk * groups, groups), groups)
@@ -205,7 +205,7 @@ class _Step:
         if plan.fold:
             self._store_repeated("key_middles", (u,), middle * (1 / keys.middle), plan.row_repeats)
         else:
-            # In two parts, whose products with the queries are exact: a zero can be far larger than its group's range.
+            # Split in two for exact products with the queries, since a zero can be far larger than its group's range.
             high = middle.astype(jnp.bfloat16)
             low = (middle - high.astype(jnp.float32)).astype(jnp.bfloat16)
             q = refs["q"][head, : plan.rows, : plan.head_dim]
@@ -216,10 +216,10 @@ class _Step:
         self._store_repeated("key_scales", (u,), scale, plan.scale_repeats)
 
     def prepare_values(self, u: int, head: Array, chunk: Array) -> None:
-        """What `weigh` needs of the scales."""
+        """Stores the scales and zeros of values as `weigh` needs them."""
         plan, refs, values = self.plan, self.refs, self.plan.values
         lanes = pl.ds(pl.multiple_of(chunk * plan.chunk, plan.chunk), plan.chunk)
-        # Places past the last token may hold anything, even what is not a number.
+        # Places past the last token may hold anything, even NaN.
         place = jax.lax.broadcasted_iota(jnp.int32, (plan.channel_groups, plan.chunk), 1)
         live = place < self._used() - chunk * plan.chunk
         ordered = []
@@ -234,7 +234,7 @@ class _Step:
             self._store_repeated("value_scales", (u, i), array, plan.row_repeats)
 
     def _store_repeated(self, name: str, place: tuple[int, ...], x: Array, repeats: int) -> None:
-        """Every row `repeats` times, in a buffer `[..., columns, rows, 128]`."""
+        """Stores every row `repeats` times, in a buffer `[..., columns, rows, 128]`."""
         for column, lanes in enumerate(split_lanes(x)):
             for i in range(repeats):
                 self.refs[name].at[*place, column][pl.ds(i, x.shape[0], stride=repeats)] = lanes
@@ -244,19 +244,20 @@ class _Step:
         return jnp.concatenate([self.refs[name][u, i, rows] for i in columns], axis=1)
 
     def _rows_of_slot(self, slot: int) -> Any:
-        """Where a buffer holds what the rows of a slot need, a row that is spread over all or one for each of them."""
+        """A slot's part of a buffer: a row to broadcast over the slot's rows, or one for each of them."""
         count = self.plan.copies * self.plan.row_repeats
         return pl.ds(slot * count, count)
 
     def _own(self, group_of_lane: Array) -> Array:
-        """The first group of the slot of which a copy's rows hold a lane's group, as no other copy's do."""
+        """The lane's group minus the number of the row's copy: the first group of the slot in which that copy has the
+        lane's group."""
         if self.plan.copies == 1:
             return group_of_lane
         row = jax.lax.broadcasted_iota(jnp.int32, group_of_lane.shape, 0)
         return group_of_lane - (row >> (self.plan.copy_rows.bit_length() - 1))
 
     def _sum_copies(self, x: Array) -> Array:
-        """In the rows of all of them."""
+        """Sums the copies; every copy's rows hold the total."""
         shift = self.plan.rows // 2
         while shift >= self.plan.copy_rows:
             x += pltpu.roll(x, shift, axis=0)
@@ -264,12 +265,12 @@ class _Step:
         return x
 
     def _used(self) -> Array:
-        """Packed places of this block, and of those after it, that are in use."""
+        """How many packed places of this block and those after it are in use."""
         plan = self.plan
         return jnp.minimum(self.length - plan.residual, plan.capacity) - self.block * plan.block
 
     def _scores(self, u: int, head: Array, chunk: Array) -> list[Array]:
-        """Of every tile and half of the chunk `[rows, 128]`, base 2, -inf where no token counts."""
+        """Scores in base 2, `[rows, 128]` for every tile and half of the chunk, -inf where no token is attended."""
         plan, keys = self.plan, self.plan.keys
         products = self._folded_products(u, head, chunk) if plan.fold else self._products(u, head, chunk)
         scores = []
@@ -283,13 +284,13 @@ class _Step:
         return scores
 
     def _token(self, place: Array) -> tuple[Array, Array]:
-        """Tokens of places of this block, and whether they count."""
+        """The tokens at places of this block, and whether they are attended."""
         plan = self.plan
         live = place < self._used()
         token = place + self.block * plan.block
         if plan.window is None:
             return token, live & (token >= plan.sinks) if plan.sinks else live
-        # Packed blocks are a ring: those before the newest one's slot are of its round, the others of the round before.
+        # Packed blocks form a ring: slots up to the newest block's belong to its round, the others to the one before.
         newest = jnp.maximum(jax.lax.div(self.length, plan.residual) - 1, 0)
         count = plan.capacity // plan.residual
         of_round = (jax.lax.rem(newest, count) + 1) * plan.residual
@@ -299,7 +300,7 @@ class _Step:
         return token, live
 
     def _tile(self, tiles: Tiles, name: str, head: Array, chunk: Array, tile: int) -> Array:
-        """Unpacked, `[tokens of a half, lanes]`."""
+        """A tile of the chunk, unpacked to `[tokens of a half, lanes]`."""
         of_chunk = self.plan.chunk // tiles.tokens * tiles.word_rows
         start = pl.multiple_of(chunk * of_chunk, SUBLANES) + tile * tiles.word_rows
         return tiles.unpack(self.refs[name][head, pl.ds(start, tiles.word_rows)])
@@ -318,7 +319,7 @@ class _Step:
                 if plan.bfloat16_units:
                     scale = self._load_columns("key_scales", u, pl.ds(start, ROWS_16_BIT))
                     scaled.append((code - keys.middle) * scale.astype(jnp.bfloat16))
-                else:  # even and odd rows are of the same words, and so of the same groups
+                else:  # even and odd rows come from the same words, and so from the same groups
                     scale = self._load_columns("key_scales", u, pl.ds(start, SUBLANES))
                     even, odd = unpack_rows(pltpu.bitcast(code, jnp.int32), self.interpret)
                     even, odd = (even - keys.middle) * scale, (odd - keys.middle) * scale
@@ -337,10 +338,10 @@ class _Step:
         return scores
 
     def _folded_products(self, u: int, head: Array, chunk: Array) -> list[Array]:
-        """The same with the scales applied to the queries: rows for every group, and each lane keeps its own's.
+        """The same with the scales applied to the queries: rows for every group, of which a lane keeps its own group's.
 
-        A slot is a register of queries, of which each copy is scaled for a group of its own. Slots go in pairs, which
-        fill a register of 16-bit rows; if that is more than a tile's, two tiles share a pair.
+        A slot is a register of queries, in which each copy has another group's scales. Two slots fill a register of
+        16-bit rows. If a tile has a single slot, two tiles share such a pair.
         """
         plan, keys = self.plan, self.plan.keys
         columns = range(keys.lanes // LANES)
@@ -356,7 +357,7 @@ class _Step:
             scale = self._load_columns("key_scales", u, pl.ds(pair * SUBLANES, SUBLANES))
             rows = pltpu.bitcast(pack_rows(even * scale, odd * scale, self.interpret), jnp.bfloat16)
             folded.append(rows)
-            # What the rounded rows add up to, so that the numbers' constant part cancels exactly.
+            # Minus what the rounded rows add up to, so that the 1 in `1 + unit · code` cancels exactly.
             rounded = rows.astype(jnp.float32)
             for i in range(2):
                 middle = self._load_columns("key_middles", u, self._rows_of_slot(2 * pair + i))
@@ -365,13 +366,13 @@ class _Step:
         own = self._own(keys.group_of_lane())
         products = []
         tiles = plan.chunk // keys.tokens
-        wide = min(plan.product_tiles, tiles)
-        for start in range(0, tiles, wide):
+        together = min(plan.product_tiles, tiles)
+        for start in range(0, tiles, together):
             pair = start * slots // 2
             product = dot_transposed(
-                jnp.concatenate(folded[pair : -(-(start + wide) * slots // 2)], axis=0),
+                jnp.concatenate(folded[pair : -(-(start + together) * slots // 2)], axis=0),
                 jnp.concatenate(
-                    [self._tile(keys, "k_codes", head, chunk, start + i) for i in range(wide)], axis=0
+                    [self._tile(keys, "k_codes", head, chunk, start + i) for i in range(together)], axis=0
                 ),
             )
             for i, of_tile in enumerate(split_lanes(product)):
@@ -388,7 +389,7 @@ class _Step:
     def _weighted(self, u: int, head: Array, chunk: Array, probabilities: list[Array]) -> Array:
         """Values `[rows, D]` weighted by `probabilities` of every tile and half.
 
-        Scales go to the probabilities: rows for every channel group, which are then right on that group's lanes.
+        Scales are applied to the probabilities: rows for every channel group, whose products that group's lanes keep.
         """
         plan, refs, values = self.plan, self.refs, self.plan.values
         tiles = plan.chunk // values.tokens
@@ -415,7 +416,7 @@ class _Step:
             for tile in range(tiles):
                 rows = []
                 for slot in range(0, slots, 2):
-                    # A single slot goes with itself.
+                    # A single slot is paired with itself.
                     members = range(slot, min(slot + 2, slots))
                     pair = []
                     for s in members:

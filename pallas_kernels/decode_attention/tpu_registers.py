@@ -1,4 +1,4 @@
-"""Matrix products, lanes and rows of a TPU's vector registers, as the decode kernel takes them."""
+"""Matrix products, and operations on lanes and rows of a TPU's vector registers, for the decode kernel."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def dot_transposed(a: Array, b: Array) -> Array:
 
 
 def split_lanes(x: Array) -> list[Array]:
-    """Of a register's lanes each."""
+    """Splits `x` into pieces of 128 lanes."""
     return [jax.lax.slice_in_dim(x, i, i + LANES, axis=1) for i in range(0, x.shape[1], LANES)]
 
 
@@ -33,7 +33,7 @@ def take_lanes(x: Array, lanes: Array) -> Array:
 
 
 def take_ordered(x: Array, source: Callable[[int], Array]) -> Array:
-    """The lanes of `x`, of one or two registers, in another order: register i takes `source(i)` of them all."""
+    """Reorders the lanes of `x`, one or two registers wide: register i takes the lanes `source(i)` of `x`."""
     columns = split_lanes(x)
     ordered: list[Array] = []
     for i in range(len(columns)):
@@ -48,15 +48,15 @@ def tile_rows(x: Array, rows: int) -> Array:
 
 
 def pack_rows(even: Array, odd: Array, interpret: bool) -> Array:
-    """Words of which the halves are `even` and `odd` as bfloat16: bitcast to that, they are rows in turn."""
-    if interpret:  # which lacks the instruction
+    """Words whose halves are `even` and `odd` as bfloat16; bitcast to bfloat16, they are rows in turn."""
+    if interpret:  # the interpreter lacks the instruction
         rows = jnp.stack([even, odd], axis=1).reshape(2 * even.shape[0], even.shape[1])
         return pltpu.bitcast(rows.astype(jnp.bfloat16), jnp.int32)
     return pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16)
 
 
 def unpack_rows(words: Array, interpret: bool) -> list[Array]:
-    """The even and the odd rows, float32."""
+    """The even and the odd rows of packed words, float32."""
     if interpret:
         return [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (words << 16, words & -0x10000)]
     return [
@@ -66,7 +66,7 @@ def unpack_rows(words: Array, interpret: bool) -> list[Array]:
 
 
 def round_to_bfloat16(x: Array) -> Array:
-    """As a float32; to even. By its bits, as a cast there and back may be optimised away."""
+    """The nearest bfloat16, ties to even, as float32. By bits, since a cast there and back may be optimised away."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     odd = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)) & 1
     return jax.lax.bitcast_convert_type((bits + 0x7FFF + odd) & -0x10000, jnp.float32)

@@ -1,10 +1,10 @@
-"""Tiles of packed codes as a TPU's matrix unit wants them: bfloat16 in the order in which they unpack for nothing.
+"""Tiles of packed codes, unpacked to bfloat16 for a TPU's matrix unit in the order of tokens that costs no shuffling.
 
-A tile is what 8 rows of 128 words hold at 2 bits: 128 tokens, or 256 at a head_dim of 64, where word rows lie side by
-side in pairs (see `kv.quantize`). At 4 bits it takes 16 rows. A shift and two bitwise operations put a field of both
-halves of every word into the mantissas of two bfloat16 numbers `1 + unit · code`; the tokens of a tile then come in the
-order (vreg, field of the half word, word row, half), which keys and values of the same bits share. Whatever else has
-tokens on its lanes follows that order: `token_of_lane` tells it.
+A tile is what 8 rows of 128 words hold at 2 bits, or 16 rows at 4 bits: 128 tokens, or 256 at a head_dim of 64, where
+word rows lie side by side in pairs (see `kv.quantize`). A shift and two bitwise operations move a field of both halves
+of every word into the mantissas of two bfloat16 numbers `1 + unit · code`. The tokens of a tile then come in the order
+(vreg, field of the half word, word row, half), which keys and values of the same bits share. Everything else that has
+tokens on its lanes follows that order, which `token_of_lane` gives.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class Tiles:
     """How tokens of one head lie in packed tiles.
 
     Attributes:
-        bits: of a code.
-        group_size: tokens of a key group.
+        bits: bits of a code.
+        group_size: tokens in a key group.
         head_dim: 64, or a multiple of 128.
     """
 
@@ -47,12 +47,12 @@ class Tiles:
 
     @property
     def tokens(self) -> int:
-        """Of a tile; a row of lanes holds 128 of them, one of its `halves`."""
+        """Tokens in a tile: 128 for each half."""
         return LANES * self.halves
 
     @property
     def word_rows(self) -> int:
-        """Rows of words of a tile."""
+        """Rows of words in a tile."""
         return LANES * self.bits // 32
 
     @property
@@ -62,7 +62,7 @@ class Tiles:
 
     @property
     def groups(self) -> int:
-        """Key groups of a tile."""
+        """Key groups in a tile."""
         return self.tokens // self.group_size
 
     @property
@@ -72,7 +72,7 @@ class Tiles:
 
     @property
     def _low_bit(self) -> int:
-        """Of the mantissa, where codes are put: high enough to be exact, and where one field needs no shift."""
+        """The mantissa's bit where codes begin: high enough to be exact, and where one field needs no shift."""
         return 4 if self.bits == 2 else 3
 
     @property
@@ -81,7 +81,7 @@ class Tiles:
 
     @property
     def middle(self) -> float:
-        """The unpacked number of `middle_code`; products are taken around it, so that rounding errs least."""
+        """The unpacked number of `middle_code`. Products are taken around it, which keeps rounding errors small."""
         return 1 + self.unit * self.middle_code
 
     def unpack(self, words: Int32[Array, "word_rows lanes"]) -> BFloat16[Array, "tile lanes"]:
@@ -116,7 +116,7 @@ class Tiles:
         return word_row * (2 * self.fields) + of_word * self.fields + field
 
     def lane_of_token(self, token: Int32[Array, "..."]) -> Int32[Array, "..."]:
-        """Where a token of a tile is in the unpacked order, in which the second half follows the first."""
+        """The place of a tile's token in the unpacked order, in which the second half follows the first."""
         field = token & (self.fields - 1)
         of_word = (token >> self._field_bits) & 1
         word_row = token >> (self._field_bits + 1)

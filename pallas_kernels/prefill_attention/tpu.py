@@ -16,7 +16,7 @@ def causal_attention(
     sliding_window: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T Hq D"]:
-    """`api.prefill_attention`; `interpret` runs it anywhere, slowly."""
+    """See `api.prefill_attention`. `interpret` runs the kernel in Pallas' interpreter, slowly but on any device."""
     _, length, heads, head_dim = q.shape
     newest = None if sliding_window is None else sliding_window - 1
     mask = splash_attention.LocalMask((length, length), window_size=(newest, 0), offset=0)

@@ -3,7 +3,7 @@
 import pytest
 
 import kivi_jax
-from kivi_jax.generation import PromptBatch
+from kivi_jax.batching import PromptBatch
 from kivi_jax.text import encode
 from scripts import demo
 

@@ -9,8 +9,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import kivi_jax
+from kivi_jax.checkpoints.weights import nest_paths
 from kivi_jax.models.llama import LlamaConfig
-from kivi_jax.weights import nested
 from tools.demo_model.data import Corpus, passkey_prompt
 from tools.demo_model.settings import Params, Training
 
@@ -63,7 +63,7 @@ def forward(
     positions: Int[Array, "B T"],
     quantized: bool,
 ) -> Float[Array, "B T vocab"]:
-    model = kivi_jax.Params(nested(params), "llama", config).model()
+    model = kivi_jax.Params(nest_paths(params), "llama", config).model()
     attend = functools.partial(causal_attention, quantized=quantized)
     hidden, _ = model(tokens, positions, [None] * config.num_layers, attend)
     return model.logits(hidden)

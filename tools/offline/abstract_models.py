@@ -7,14 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 import kivi_jax
+from kivi_jax.checkpoints.weights import abstract_weights, nest_paths
 from kivi_jax.decoding import Decoding
 from kivi_jax.kv import KVConfig
 from kivi_jax.models.falcon import FalconConfig
 from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import Config
-from kivi_jax.partition import Partition
 from kivi_jax.sampling import Greedy
-from kivi_jax.weights import abstract_weights, nested
 
 MODELS = {
     "llama-3.2-1b": LlamaConfig(
@@ -96,7 +95,7 @@ def abstract_params(
 ) -> kivi_jax.Params:
     """A model without weights, but with their shapes and, on a mesh, their places."""
     weights = abstract_weights(model_type, config, jnp.dtype(dtype), mesh)
-    return kivi_jax.Params(nested(weights), model_type, config, mesh=mesh)
+    return kivi_jax.Params(nest_paths(weights), model_type, config, mesh=mesh)
 
 
 def abstract_decoding(
@@ -109,11 +108,11 @@ def abstract_decoding(
         steps=jax.ShapeDtypeStruct((), jnp.int32),
         last=jax.ShapeDtypeStruct((batch,), jnp.int32),
         active=jax.ShapeDtypeStruct((batch,), bool),
-        keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
+        rngs=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
     )
     if params.mesh is None:
         return decoding
-    shardings = Partition.of(params.config, params.mesh, batch).shardings(decoding)
+    shardings = params.partition(batch).shardings(decoding)
     return jax.tree.map(abstract, decoding, shardings)
 
 

@@ -14,6 +14,7 @@ from kivi_jax.kv import KVConfig, KVState
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.models.registry import FAMILIES, Config
+from kivi_jax.pallas_kernels.heads import Heads
 from kivi_jax.sampling import Greedy
 from tools.offline.abstract_models import abstract_decoding, abstract_params, array_bytes, loop_arguments
 from tools.offline.compiler import Program
@@ -55,13 +56,13 @@ class Attention:
         return [2.0**-i for i in range(self.query_heads)] if self.alibi else None
 
     def program(self, name: str, decode_attention: Callable[..., Array]) -> Program:
-        slopes = self.slopes()
+        heads = Heads(self.slopes())
 
         def attend(q: Array, k: Array, v: Array, layer: QuantizedLayer, lengths: Array) -> Array:
-            return decode_attention(q, k, v, layer, lengths, slopes)
+            return decode_attention(q, k, v, layer, lengths, heads)
 
         q, k = (
-            jax.ShapeDtypeStruct((self.batch, heads, self.head_dim), self.dtype)
+            jax.ShapeDtypeStruct((self.batch, 1, heads, self.head_dim), self.dtype)
             for heads in (self.query_heads, self.kv_heads)
         )
         return Program(name, attend, (q, k, k, self.layer(), jax.ShapeDtypeStruct((self.batch,), jnp.int32)))

@@ -18,7 +18,7 @@ from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import api, gpu
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 from kivi_jax.pallas_kernels.heads import Heads
-from tests.checkpoints import write_checkpoint
+from tests.tiny_checkpoint import write_checkpoint
 
 KERNEL = "tpu_custom_call"
 GPU_KERNEL = "__gpu$xla.gpu.triton"

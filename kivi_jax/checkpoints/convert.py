@@ -1,4 +1,4 @@
-"""Checkpoints written anew in a form that loads straight onto any mesh."""
+"""Converts models to Orbax checkpoints, from which the devices of any mesh read their own parts."""
 
 import shutil
 import tempfile
@@ -6,25 +6,25 @@ from pathlib import Path
 
 import jax
 
-from kivi_jax.checkpoint import INDEX_FILE
-from kivi_jax.loading import SIDE_FILES, find_folder, load
-from kivi_jax.orbax_weights import SHAPES_FILE, save_weights
-from kivi_jax.weights import flat
+from kivi_jax.checkpoints.hf_files import INDEX_FILE
+from kivi_jax.checkpoints.load import SIDE_FILES, find_folder, load
+from kivi_jax.checkpoints.orbax_files import SHAPES_FILE, save_weights
+from kivi_jax.checkpoints.weights import flatten_paths
 
 
 def convert(
     name: str | Path, out: str | Path, dtype: str = "bfloat16", *, revision: str | None = None
 ) -> None:
-    """Writes the model `name` to the new folder `out`: weights as an Orbax checkpoint, and configuration, tokenizer
-    and chat templates as they were. `load(out)` then reads it, with any `mesh`.
+    """Writes the model `name` to the new folder `out`: its weights as an Orbax checkpoint, and its configuration,
+    tokenizer and chat templates unchanged. `load(out)` then reads it, with any `mesh`.
 
-    The folder gets its name once all of it is there, so an interrupted conversion leaves no `out`; after a kill there
-    may be a hidden folder beside it, which `load` refuses.
+    The folder is written under a hidden name beside `out` and renamed once it is complete. An interrupted conversion
+    leaves nothing; a killed one may leave the hidden folder, which `load` refuses.
 
     Args:
         name: as for `load`.
         out: the folder to write.
-        dtype: to store the weights in.
+        dtype: of the stored weights, as for `load`.
         revision: as for `load`.
 
     Raises:
@@ -36,7 +36,7 @@ def convert(
         raise FileExistsError(f"{out} exists already; name a new folder, or remove this one first")
     source = find_folder(name, revision)
     with jax.default_device(_host()):  # a model may be too large for the first accelerator
-        weights = flat(load(source, dtype).weights)
+        weights = flatten_paths(load(source, dtype).weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".incomplete", dir=out.parent) as parent:
         folder = Path(parent, out.name)
@@ -45,9 +45,9 @@ def convert(
         files = {
             str(file.relative_to(source)): file for pattern in SIDE_FILES for file in source.glob(pattern)
         }
-        for name in (INDEX_FILE, SHAPES_FILE):  # of the weights as they were
+        for name in (INDEX_FILE, SHAPES_FILE):  # they describe the weights in their old form
             files.pop(name, None)
-        # config.json, without which no folder is a model, comes last.
+        # config.json comes last: without it the folder is not yet a model.
         for name in sorted(files, key="config.json".__eq__):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(files[name], folder / name)
@@ -57,5 +57,5 @@ def convert(
 def _host() -> jax.Device | None:
     try:
         return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return None

@@ -1,10 +1,9 @@
-"""Named tensors into a model's parameters, one at a time, each onto the devices where it belongs."""
+"""Reads named tensors into a model's parameters, one at a time, each onto the devices where it belongs."""
 
 import dataclasses
 import functools
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from kivi_jax.checkpoint import (
+from kivi_jax.checkpoints.hf_files import (
     PIECE_BYTES,
     STORED_DTYPES,
     CheckpointError,
@@ -24,11 +23,12 @@ from kivi_jax.checkpoint import (
     first_few,
     stored_tensors,
 )
+from kivi_jax.checkpoints.orbax_files import ORBAX_FOLDER, restore_weights, stored_shapes
 from kivi_jax.models.registry import FAMILIES, Split, WeightRow, abstract_model
 from kivi_jax.models.sharding import parameter_sharding
-from kivi_jax.orbax_weights import ORBAX_FOLDER, restore_weights, stored_shapes
+from kivi_jax.progress import progress_disabled
 
-# Tensors of older checkpoints that hold nothing a configuration doesn't.
+# Tensors of older checkpoints that only repeat what config.json says.
 IGNORED = re.compile(r".*rotary_emb\.inv_freq")
 
 # Parameters by path, such as "layers.0.attention.k_proj.kernel".
@@ -38,7 +38,7 @@ Expected = Mapping[str, jax.ShapeDtypeStruct]
 def read_weights(
     folder: Path, model_type: str, config: Any, dtype: Any, mesh: Mesh | None
 ) -> dict[str, Array]:
-    """Every parameter of a model by its path, after all names, shapes and dtypes were checked.
+    """Reads every parameter of a model, by path, after checking all names, shapes and dtypes.
 
     Raises:
         CheckpointError: as `load`.
@@ -56,26 +56,21 @@ def read_weights(
         unit_scale=True,
         unit_divisor=1024,
         leave=False,
-        disable=unwatched(),
+        disable=progress_disabled(),
     ) as progress:
         for path, array in arrays:
-            weights[path] = array.block_until_ready()  # or the host might hold many that are under way
+            weights[path] = array.block_until_ready()  # else the host might hold many transfers at once
             progress.update(array.nbytes)
     return weights
-
-
-def unwatched() -> bool | None:
-    """tqdm's `disable`: None shows a bar on terminals only, but takes it that there is a stderr."""
-    return True if sys.stderr is None else None
 
 
 def abstract_weights(
     model_type: str, config: Any, dtype: Any, mesh: Mesh | None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape, dtype and, on a mesh, sharding of every parameter of a model by its path."""
+    """The shape, dtype and, on a mesh, sharding of every parameter of a model, by path."""
     _, shapes = abstract_model(model_type, config, dtype)
     weights = {}
-    for path, leaf in flat(shapes).items():
+    for path, leaf in flatten_paths(shapes).items():
         sharding = None if mesh is None else parameter_sharding(path, leaf.shape, config, mesh)
         weights[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return weights
@@ -95,7 +90,7 @@ def _read_orbax(folder: Path, expected: Expected) -> Iterator[tuple[str, Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint's tensor, the parameters it holds, and what takes them apart if they are several."""
+    """A checkpoint's tensor, the paths of the parameters in it, and how it is split if there are several."""
 
     tensor: StoredTensor
     paths: tuple[str, ...]
@@ -103,10 +98,10 @@ class Source:
 
 
 def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> list[Source]:
-    """Where each parameter comes from.
+    """Finds the tensors that hold the parameters.
 
     Raises:
-        CheckpointError: tensors and parameters don't fit together.
+        CheckpointError: tensors and parameters don't match.
     """
     sources: dict[str, Source] = {}
     problems = []
@@ -136,9 +131,10 @@ def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> li
 
 
 def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
-    """
+    """Checks that a head which is stored although it is tied equals the embedding.
+
     Raises:
-        CheckpointError: the head that a checkpoint stores, though it is tied, is another one than its embedding.
+        CheckpointError: it differs.
     """
     rows = max(1, PIECE_BYTES // (4 * max(1, math.prod(embedding.shape[1:]))))
     pieces = [(slice(start, start + rows), slice(None)) for start in range(0, embedding.shape[0], rows)]
@@ -173,7 +169,7 @@ def _read_safetensors(sources: list[Source], config: Any, expected: Expected) ->
 
 
 def _place(leaf: jax.ShapeDtypeStruct, read: Callable[..., np.ndarray]) -> Array:
-    """An array on the device or the devices of `leaf`; `read` gives the part at an index."""
+    """An array on the device or devices of `leaf`; `read` returns the part at an index."""
     if leaf.sharding is None:
         return jnp.asarray(read((slice(None),) * len(leaf.shape)))
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
@@ -182,20 +178,20 @@ def _place(leaf: jax.ShapeDtypeStruct, read: Callable[..., np.ndarray]) -> Array
 def _refuse(folder: Path, problems: list[str], missing: list[str]) -> None:
     problems = problems + [f"missing the tensor for {path}" for path in missing]
     if problems:
-        told = "\n  ".join(first_few(problems))
-        raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  {told}")
+        listed = "\n  ".join(first_few(problems))
+        raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  {listed}")
 
 
-def flat(nested: Mapping[Any, Any]) -> dict[str, Any]:
-    """The leaves of nested dictionaries by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(nested)
+def flatten_paths(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """The leaves of nested dictionaries by their paths, such as "layers.0.mlp.up_proj.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(str(key.key) for key in keys): leaf for keys, leaf in leaves}
 
 
-def nested(flat: Mapping[str, Any]) -> dict[Any, Any]:
-    """`flat` undone."""
+def nest_paths(leaves: Mapping[str, Any]) -> dict[Any, Any]:
+    """The nested dictionaries whose leaves have these paths: the inverse of `flatten_paths`."""
     root: dict[Any, Any] = {}
-    for path, leaf in flat.items():
+    for path, leaf in leaves.items():
         *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
         branch = root
         for parent in parents:

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import kivi_jax
-from tests.checkpoints import write_checkpoint
+from tests.tiny_checkpoint import write_checkpoint
 
 
 @pytest.mark.parametrize(

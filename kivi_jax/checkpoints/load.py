@@ -1,4 +1,4 @@
-"""Models in: a folder or a Hub repository becomes `Params`."""
+"""Loads models from folders and from the Hugging Face Hub."""
 
 import dataclasses
 import re
@@ -10,23 +10,23 @@ import jax.numpy as jnp
 from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
 
-from kivi_jax import generation_config
 from kivi_jax.arguments import read_size
-from kivi_jax.checkpoint import CheckpointError, read_json
+from kivi_jax.checkpoints import generation_config
+from kivi_jax.checkpoints.hf_files import CheckpointError, read_json
+from kivi_jax.checkpoints.key_bias_notice import warn_of_large_key_biases
+from kivi_jax.checkpoints.weights import nest_paths, read_weights
 from kivi_jax.model import Params
 from kivi_jax.models.fields import GREATEST_SIZE
 from kivi_jax.models.registry import FAMILIES
 from kivi_jax.models.sharding import tensor_parallel_mesh
-from kivi_jax.notices import warn_of_large_key_biases
-from kivi_jax.weights import nested, read_weights
 
-DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "assets" / "demo"
 DTYPES = ("bfloat16", "float16", "float32")
 # Configuration, tokenizer and chat templates.
 SIDE_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "tokenizer.model")
-# Some repositories have the same weights once more, as consolidated.safetensors.
+# Not every safetensors file: some repositories hold the same weights a second time, as consolidated.safetensors.
 HUB_FILES = (*SIDE_FILES, "model*.safetensors")
-# Each of these is a whole tokenizer.
+# The files of a tokenizer, of any one of these kinds.
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
@@ -47,21 +47,20 @@ def load(
         name: a folder with config.json and safetensors, or one that `kivi-jax convert` wrote; `"org/name"` of a Hub
             repository, downloaded once, and without network (or with HF_HUB_OFFLINE=1) taken from the Hub client's
             cache; or `"demo"`.
-        dtype: of the weights and activations: "bfloat16", "float16" or "float32".
+        dtype: of weights and activations; "bfloat16", "float16" or "float32".
         revision: branch, tag or commit of a Hub repository; its main branch by default.
         mesh: devices with an axis named "model" to split the weights and the KV heads over (`models/sharding.py`), and
-            maybe one named "data" to split batches over; other axes hold copies. By default all is on one device.
-        max_positions: the longest text, prompt and completion together, of a model that was tuned for another length
-            than its config.json says, as those of linear rope often were. It changes the limit alone, not what is
-            computed within it.
+            optionally one named "data" to split batches over; other axes hold copies. By default, one device holds all.
+        max_positions: the longest text in tokens, prompt and completion together, for a model that was tuned for
+            another length than its config.json says, as is common with linear rope scaling. Only this limit changes,
+            not what is computed within it.
 
     Raises:
-        FileNotFoundError: no such folder or repository.
-        CheckpointError: what the checkpoint lacks, has too much of, or has in the wrong shape or dtype, all of it at
-            once; damaged files, weights that are NaN, infinite or beyond the range of `dtype`; or an unsupported
-            architecture.
-        ValueError: an unknown `dtype`, a `revision` of something that isn't on the Hub, a `mesh` without an axis
-            "model", or `max_positions` that is no whole number from 1 to 2^31 - 1.
+        FileNotFoundError: there is no such folder or repository.
+        CheckpointError: tensors are missing, unexpected, or of the wrong shape or dtype, all of which are listed; files
+            are damaged; weights are NaN, infinite or beyond the range of `dtype`; or the architecture is unsupported.
+        ValueError: `dtype` is unknown, `revision` is given for something that isn't on the Hub, `mesh` has no axis
+            "model", or `max_positions` is not a whole number from 1 to 2^31 - 1.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -83,7 +82,7 @@ def load(
     weights = read_weights(folder, model_type, config, jnp.dtype(dtype), mesh)
     warn_of_large_key_biases(weights, config)
     return Params(
-        weights=nested(weights),
+        weights=nest_paths(weights),
         model_type=model_type,
         config=config,
         end_tokens=end_tokens,
@@ -94,7 +93,7 @@ def load(
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model, after downloading it if need be. Arguments and errors are `load`'s."""
+    """The folder of a model, downloaded if necessary. Arguments and errors are those of `load`."""
     name = str(name)
     folder = DEMO_FOLDER if name == "demo" else Path(name)
     if folder.is_dir():
@@ -110,9 +109,7 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (
-        Exception
-    ) as error:  # the Hub client raises many unrelated kinds: no network, no such repository, gated
+    except Exception as error:  # the Hub client raises many unrelated kinds: no network, no access, …
         raise FileNotFoundError(
             f"no folder {name!r}, and no such model from the Hugging Face Hub: {error}"
         ) from error

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 import kivi_jax
 from kivi_jax import CheckpointError
+from kivi_jax.checkpoints.orbax_files import save_weights
+from kivi_jax.checkpoints.weights import flatten_paths
 from kivi_jax.cli import app
-from kivi_jax.orbax_weights import save_weights
-from kivi_jax.weights import flat
-from tests.checkpoints import TINY, random_tensors, write_checkpoint
+from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint
 
 OUTSIDE_WEIGHTS = {
     "config.json": {},
@@ -50,9 +50,9 @@ def converted(source):
 def test_a_converted_model_is_the_same(source, converted, dtype):
     expected, params = kivi_jax.load(source, dtype), kivi_jax.load(converted, dtype)
     assert jax.tree.structure(expected.weights) == jax.tree.structure(params.weights)
-    for path, weight in flat(params.weights).items():
+    for path, weight in flatten_paths(params.weights).items():
         assert weight.dtype == dtype
-        np.testing.assert_array_equal(weight, flat(expected.weights)[path], err_msg=path)
+        np.testing.assert_array_equal(weight, flatten_paths(expected.weights)[path], err_msg=path)
     assert params.config == expected.config
     assert params.end_tokens == (7, 8)
     assert params.sampling == {"temperature": 1.0}
@@ -62,8 +62,8 @@ def test_a_converted_model_is_the_same(source, converted, dtype):
 def test_a_model_is_stored_in_the_dtype_asked_for(source, tmp_path):
     kivi_jax.convert(source, tmp_path / "new" / "narrow")
     widened = kivi_jax.load(tmp_path / "new" / "narrow", "float32")
-    for path, weight in flat(kivi_jax.load(source, "bfloat16").weights).items():
-        np.testing.assert_array_equal(weight.astype(jnp.float32), flat(widened.weights)[path])
+    for path, weight in flatten_paths(kivi_jax.load(source, "bfloat16").weights).items():
+        np.testing.assert_array_equal(weight.astype(jnp.float32), flatten_paths(widened.weights)[path])
 
 
 def test_converted_folders_hold_what_a_model_needs(source, converted):
@@ -145,7 +145,7 @@ def halved(file):
 )  # of Orbax's abandoned coroutines
 @pytest.mark.parametrize("damage", [removed, halved])
 def test_damaged_weights_are_one_clear_error(converted, tmp_path, damage, capfd):
-    expected = flat(kivi_jax.load(converted, "float32").weights)
+    expected = flatten_paths(kivi_jax.load(converted, "float32").weights)
     names = [file.relative_to(converted) for file in (converted / "orbax").rglob("*") if file.is_file()]
     assert len(names) > 5
     refused = set()
@@ -161,7 +161,7 @@ def test_damaged_weights_are_one_clear_error(converted, tmp_path, damage, capfd)
             assert len(str(error).splitlines()) == 1  # noqa: PT017
             refused.add(str(name))
         else:
-            for path, weight in flat(params.weights).items():
+            for path, weight in flatten_paths(params.weights).items():
                 np.testing.assert_array_equal(weight, expected[path], err_msg=str(name))
     large = {str(name) for name in names if (converted / name).stat().st_size > 10_000}
     assert large
@@ -201,7 +201,7 @@ def test_weights_that_do_not_fit_the_configuration(converted, tmp_path):
 def test_weights_that_are_not_numbers(source, tmp_path):
     for name, value, dtype in (("nan", np.nan, "float32"), ("large", 1e5, "float16")):
         folder = write_checkpoint(tmp_path / name)
-        weights = flat(kivi_jax.load(source, "float32").weights)
+        weights = flatten_paths(kivi_jax.load(source, "float32").weights)
         weights["norm.scale"] = weights["norm.scale"].at[3].set(value)
         save_weights(folder, weights)
         with pytest.raises(

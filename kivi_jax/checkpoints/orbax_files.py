@@ -1,4 +1,4 @@
-"""A model's weights as an Orbax checkpoint, of which every device reads its own part."""
+"""A model's weights in an Orbax checkpoint, from which every device reads its own part."""
 
 import contextlib
 import json
@@ -13,38 +13,36 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from kivi_jax.checkpoint import CheckpointError, out_of_range, read_json
+from kivi_jax.checkpoints.hf_files import CheckpointError, out_of_range, read_json
 
-# In a model's folder: the weights, and their shapes. (Asking Orbax for the shapes opens all parameters at once, and
-# prints an error for each where the folder is damaged.)
+# Where a model's folder has the weights and their shapes. Orbax knows the shapes, too, but opens all parameters at once
+# to read them, and prints an error for each if the folder is damaged.
 ORBAX_FOLDER = "orbax"
 SHAPES_FILE = "parameters.json"
-# Of a parameter, stored as one unit: what a device must read and decompress at once, though its own part be smaller.
-CHUNK_BYTES = 2**23
+# Parameters are stored in pieces of this size. A device reads and decompresses whole pieces, even for a smaller part.
+STORED_PIECE_BYTES = 2**23
 
 
 def save_weights(folder: Path, weights: Mapping[str, Array]) -> None:
     """Writes parameters, named by their paths, into a model's folder.
 
     Raises:
-        OSError: they can't be written, as where the disk is full.
+        OSError: the files can't be written, for example because the disk is full.
     """
-    import orbax.checkpoint as ocp  # here and below: only converted checkpoints need the time that this takes
+    import orbax.checkpoint as ocp  # slow to import, and only converted checkpoints need it
 
-    save_args = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in weights}
+    save_args = {path: ocp.SaveArgs(chunk_byte_size=STORED_PIECE_BYTES) for path in weights}
     target = (folder / ORBAX_FOLDER).absolute()
     size, free = sum(weight.nbytes for weight in weights.values()), shutil.disk_usage(folder).free
     problem = (
         f"the weights, up to {size >> 20} MiB, can't be written to {folder}, where {free >> 20} MiB are free"
     )
-    if free < size / 2:  # more than compression saves; found out now and not after half an hour
+    if free < size / 2:  # compression saves less; better to fail now than after half an hour
         raise OSError(problem)
     try:
         with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(target, ocp.args.PyTreeSave(dict(weights), save_args=save_args))
-    except (
-        Exception
-    ) as error:  # a ValueError with pages of context, whatever keeps its files from being written
+    except Exception as error:  # for any failed write, Orbax raises a ValueError with pages of context
         raise OSError(f"{problem}: {_reason(error)}") from error
     shapes = {path: weight.shape for path, weight in weights.items()}
     (folder / SHAPES_FILE).write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
@@ -52,7 +50,7 @@ def save_weights(folder: Path, weights: Mapping[str, Array]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax's threads print the traceback of an error that is raised all the same."""
+    """Silences Orbax's threads, which print the traceback of an error that is raised as well."""
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
     try:
@@ -62,7 +60,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system said, from the end of all that Orbax and TensorStore say."""
+    """The operating system's message, which is at the end of what Orbax and TensorStore say."""
     found = re.search(r"(?:.*:)?\s*([^:]+) \[os_error_code", str(error))
     return found[1] if found else " ".join(str(error).split())[:200]
 
@@ -71,7 +69,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters in a model's folder, by path.
 
     Raises:
-        CheckpointError: they can't be read.
+        CheckpointError: the file that lists them can't be read.
     """
     shapes = read_json(folder / SHAPES_FILE)
     if not all(isinstance(shape, list) for shape in shapes.values()):
@@ -82,13 +80,13 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def restore_weights(
     folder: Path, expected: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Iterator[tuple[str, Array]]:
-    """Reads parameters one after the other, each in the dtype and onto the devices that `expected` says.
+    """Reads parameters one at a time, each in the dtype and onto the devices that `expected` gives.
 
-    One at a time takes no longer where the disk is the limit, bounds the host's memory by a parameter, and lets Orbax
-    raise a single error.
+    One at a time is as fast where the disk is the bottleneck, needs the host's memory for one parameter only, and makes
+    Orbax raise a single error.
 
     Raises:
-        CheckpointError: one is damaged or holds what no weight may be.
+        CheckpointError: a parameter is damaged, or holds NaN, infinity or a number beyond its dtype's range.
     """
     import orbax.checkpoint as ocp
 

@@ -19,16 +19,18 @@ from safetensors.numpy import load_file
 import kivi_jax
 from benchmarks import loading
 from kivi_jax import CheckpointError
-from kivi_jax.loading import DEMO_FOLDER, HUB_FILES
+from kivi_jax.checkpoints.load import DEMO_FOLDER, HUB_FILES
+from kivi_jax.checkpoints.weights import flatten_paths
 from kivi_jax.models.registry import FAMILIES
-from kivi_jax.weights import flat
-from tests.checkpoints import TINY, random_tensors, write_checkpoint, write_shards
+from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint, write_shards
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_arrive_in_their_places(tmp_path, monkeypatch, dtype, stored):
-    monkeypatch.setattr("kivi_jax.checkpoint.PIECE_BYTES", 1000)  # so that tensors are read in several pieces
+    monkeypatch.setattr(
+        "kivi_jax.checkpoints.hf_files.PIECE_BYTES", 1000
+    )  # so that tensors are read in several pieces
     tensors = {name: tensor.astype(stored) for name, tensor in random_tensors(TINY).items()}
     folder = write_checkpoint(tmp_path, tensors)
     params = kivi_jax.load(folder, dtype=dtype)
@@ -117,7 +119,7 @@ def test_progress_counts_bytes(tmp_path, monkeypatch):
         bars.append(progress.tqdm(**arguments | {"disable": False, "file": io.StringIO()}))
         return bars[-1]
 
-    monkeypatch.setattr("kivi_jax.weights.tqdm", tqdm)
+    monkeypatch.setattr("kivi_jax.checkpoints.weights.tqdm", tqdm)
     kivi_jax.load(write_checkpoint(tmp_path), "float32")
     (bar,) = bars
     assert bar.n == bar.total == sum(tensor.nbytes for tensor in random_tensors(TINY).values())
@@ -155,7 +157,7 @@ def test_hub_models_come_from_a_snapshot(tmp_path, monkeypatch):
         asked.append((name, revision, allow_patterns))
         return str(write_checkpoint(tmp_path))
 
-    monkeypatch.setattr("kivi_jax.loading.snapshot_download", snapshot)
+    monkeypatch.setattr("kivi_jax.checkpoints.load.snapshot_download", snapshot)
     assert kivi_jax.load("org/name").config.vocab_size == TINY["vocab_size"]
     ((name, revision, patterns),) = asked
     assert (name, revision) == ("org/name", None)
@@ -276,14 +278,14 @@ ON_A_MESH = """
 import json, sys
 import jax, numpy as np
 import kivi_jax
-from kivi_jax.weights import flat
+from kivi_jax.checkpoints.weights import flatten_paths
 
 results = []
 for folder in sys.argv[1:]:
     for shape, names in (((4,), ("model",)), ((2, 2), ("data", "model"))):
         mesh = jax.make_mesh(shape, names)
         params = kivi_jax.load(folder, "float32", mesh=mesh)
-        weights = flat(params.weights)
+        weights = flatten_paths(params.weights)
         results.append({
             "split": {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in weights.items()},
             "sums": {path: float(np.asarray(leaf, np.float64).sum()) for path, leaf in weights.items()},
@@ -315,7 +317,10 @@ def test_a_mesh_splits_the_weights_and_changes_no_text(tmp_path):
 
     params = kivi_jax.load(folder, "float32")
     tokens = kivi_jax.generate(params, [[5, 6, 7], [8]], "bf16", max_new_tokens=12)[0].tokens
-    sums = {path: float(np.asarray(leaf, np.float64).sum()) for path, leaf in flat(params.weights).items()}
+    sums = {
+        path: float(np.asarray(leaf, np.float64).sum())
+        for path, leaf in flatten_paths(params.weights).items()
+    }
     for result in results:
         assert result["tokens"] == tokens
         assert result["sums"] == pytest.approx(sums, abs=1e-6)

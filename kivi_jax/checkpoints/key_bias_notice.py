@@ -1,4 +1,4 @@
-"""What a user should hear about a model when it is loaded."""
+"""Warns about a model whose key biases are too large for 2-bit keys."""
 
 import re
 import warnings
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-# A layer's key biases count as large beyond this many standard deviations of what its weights make of an input.
+# A layer's key biases are large if one exceeds this many standard deviations of the keys without their biases.
 #
-# Rotated with the position, a bias b swings its channel between -b and b within a group, so that a 2-bit step is at
-# least 2b/3. What tells tokens apart, some ±2 deviations, then lies within one step when b is 6 deviations or more, and
-# the channel's keys say nothing any more. Ordinary biases are of the order of one deviation, those of Qwen2 and
-# Qwen2.5 of dozens; 10 lies between with room for the outliers of small models.
+# Rotary positions turn a bias b into values between -b and b within a group, so a 2-bit step is at least 2b/3. What
+# distinguishes tokens, some ±2 deviations, then lies within one step if b is 6 deviations or more, and the channel's
+# codes carry no information. Ordinary biases are about one deviation, and those of Qwen2 and Qwen2.5 dozens; 10 lies
+# between, with room for the outliers of small models.
 LARGE = 10.0
-# Layers that the notice proposes to keep exact; many more, and there is little left to quantize.
+# The most layers that the notice proposes to keep exact: with many more, little would be left to quantize.
 MOST_EXACT = 4
 
 
@@ -29,7 +29,8 @@ def warn_of_large_key_biases(weights: Mapping[str, Array], config: Any) -> None:
         config: the family's configuration.
     """
     if config.alibi_slopes is not None or getattr(config, "qk_norm", False):
-        return  # not rotated: a constant, which the groups' zeros take up; or normalized after the bias
+        # An unrotated bias is a constant, which the groups' zeros absorb; with qk_norm, a norm follows the bias.
+        return
     ratios = {}
     for path, bias in weights.items():
         if match := re.fullmatch(r"layers\.(\d+)\.attention\.k_proj\.bias", path):
@@ -55,8 +56,10 @@ def warn_of_large_key_biases(weights: Mapping[str, Array], config: Any) -> None:
 def _bias_in_deviations(
     bias: Float[Array, " outputs"], kernel: Float[Array, "outputs inputs"], scale: Float[Array, " inputs"]
 ) -> Float[Array, ""]:
-    """The greatest bias over the standard deviation of a key's channels, for normalized inputs with independent
-    channels; the mean over the layer's channels, since one that hardly varies needs no precision of its own."""
+    """The greatest bias, in standard deviations of the keys without bias, for independent normalized inputs.
+
+    The deviation is the root mean square over the layer's channels: a channel that hardly varies needs no precision.
+    """
     gains = kernel.astype(jnp.float32) * scale.astype(jnp.float32)
     deviation = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(gains), axis=1)))
     return jnp.max(jnp.abs(bias.astype(jnp.float32))) / jnp.maximum(deviation, 1e-30)

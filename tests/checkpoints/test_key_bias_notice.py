@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kivi_jax
-from tests.checkpoints import TINY, random_tensors, write_checkpoint
+from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint
 
 
 def biased(folder, biases, **changes):

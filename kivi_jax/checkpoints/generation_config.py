@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "generation_config.json"
-# Setting: the least and the greatest value, and the one that changes nothing and is left out. Both ends are allowed.
+# For each setting its least and greatest value, both allowed, and the value that has no effect and is left out.
 _TINY = math.ulp(0.0)
 _RANGES: dict[str, tuple[float, float, float | None]] = {
     "temperature": (0, 1e6, None),
@@ -17,7 +17,7 @@ _RANGES: dict[str, tuple[float, float, float | None]] = {
     "min_p": (0, 1, 0),
     "repetition_penalty": (_TINY, 1e6, 1),
 }
-# Settings that `generate` does not have, and the values with which they change nothing.
+# Settings that `generate` does not have, and their values that have no effect.
 _OTHERS: dict[str, tuple[Any, ...]] = {
     "typical_p": (None, 1),
     "epsilon_cutoff": (None, 0),
@@ -32,9 +32,9 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
 def read_end_tokens(
     folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> tuple[int, ...]:
-    """End-of-sequence ids; generation_config.json knows more of them than config.json.
+    """End-of-sequence token ids, from generation_config.json, which often lists more, or else from config.json.
 
-    What is no id, such as the -1 that some write for none, is left out with a warning.
+    Values that are not token ids, such as the -1 that some files use for none, are left out with a warning.
     """
     for file, fields in ((FILE, generation), ("config.json", config)):
         ids = fields.get("eos_token_id")
@@ -58,10 +58,11 @@ def _is_token(value: Any) -> bool:
 def read_sampling(folder: Path, fields: Mapping[str, Any]) -> tuple[tuple[str, int | float], ...]:
     """Arguments of `generate` that the checkpoint's authors recommend.
 
-    A repetition penalty always counts, as in Hugging Face's generation; the settings that shape a distribution count
-    when `do_sample` is true, with a temperature of 1 where none is given, and without top_k where none is. A warning
-    names settings that `generate` doesn't have, and values that it would refuse: they are recommendations, which are no
-    reason not to load a model, and are left out.
+    As in Hugging Face's generation, a repetition penalty always applies, and the other settings only if `do_sample` is
+    true. Then a missing temperature is 1, and a missing top_k means none.
+
+    Settings that `generate` doesn't have and values that it would refuse are left out with a warning: they are only
+    recommendations, and no reason to refuse the model.
     """
     sampled = fields.get("do_sample")
     left_out = [name for name, neutral in _OTHERS.items() if fields.get(name) not in neutral]

@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth")
-# What safetensors calls the dtypes that weights may be stored in; 8 bits and fewer need scales that are elsewhere.
+# The dtypes that weights may be stored in, by safetensors' names. Dtypes of 8 bits or fewer would need scales.
 STORED_DTYPES = ("BF16", "F16", "F32", "F64")
-# Of a checkpoint's problems, as many as are told.
-TOLD_PROBLEMS = 20
-# Of a tensor, read and converted at a time.
+# At most this many problems are listed in an error.
+LISTED_PROBLEMS = 20
+# Bytes of a tensor that are read and converted at a time.
 PIECE_BYTES = 2**24
 
 
@@ -30,13 +30,13 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, of which only the header was read.
+    """A tensor in a safetensors file, as the file's header describes it.
 
     Attributes:
         file: the safetensors file.
-        name: the tensor's, in the file.
-        shape: of the whole tensor.
-        dtype: one of safetensors' names, such as "BF16".
+        name: the tensor's name in the file.
+        shape: the whole tensor's shape.
+        dtype: safetensors' name of its dtype, such as "BF16".
     """
 
     file: Path
@@ -45,9 +45,9 @@ class StoredTensor:
     dtype: str
 
     def read(self, index: tuple[slice, ...], dtype: Any) -> Float[np.ndarray, "..."]:
-        """The part of the tensor at `index`, a slice for each axis, as `dtype`.
+        """Reads the part of the tensor at `index`, a slice for each axis, as `dtype`.
 
-        The file is mapped only for as long as this takes, and no second copy of the part is made.
+        The file is mapped only while it is read, and memory holds the part only once.
 
         Raises:
             CheckpointError: the file can't be read, or the part holds NaN, infinity or a number beyond `dtype`'s range.
@@ -69,7 +69,7 @@ class StoredTensor:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> Float[np.ndarray, "..."]:
-    """An array so aligned that JAX on a CPU takes it over without a copy."""
+    """An uninitialized array, aligned so that JAX on a CPU uses its memory without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -83,7 +83,7 @@ def _what_is_wrong(piece: Float[np.ndarray, "..."], dtype: np.dtype) -> str:
 
 
 def out_of_range(dtype: Any) -> str:
-    """What is wrong with a weight that became infinite in `dtype`."""
+    """Says in an error that a weight overflows in `dtype`."""
     advice = "; load it as bfloat16 or float32" if dtype == jnp.float16 else ""
     return f"holds numbers beyond {dtype}'s range{advice}"
 
@@ -138,10 +138,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def first_few(told: list[str]) -> list[str]:
-    """As much of a list as belongs in an error, and how much more there is."""
-    rest = len(told) - TOLD_PROBLEMS
-    return [*told[:TOLD_PROBLEMS], f"and {rest} more"] if rest > 0 else told
+def first_few(lines: list[str]) -> list[str]:
+    """The first lines of a list, as many as an error may have, and how many more there are."""
+    rest = len(lines) - LISTED_PROBLEMS
+    return [*lines[:LISTED_PROBLEMS], f"and {rest} more"] if rest > 0 else lines
 
 
 def _header(file: Path) -> list[StoredTensor]:
@@ -168,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: there is no such file, or something else in it.
+        CheckpointError: the file is missing, unreadable, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

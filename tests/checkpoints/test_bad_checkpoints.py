@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import kivi_jax
 from kivi_jax import CheckpointError
-from tests.checkpoints import TINY, random_tensors, write_checkpoint, write_shards
+from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint, write_shards
 
 SIZES = (
     "vocab_size",

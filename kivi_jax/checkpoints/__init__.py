@@ -1,0 +1,1 @@
+"""Reads models from folders and the Hugging Face Hub, and writes converted ones."""
