@@ -59,9 +59,9 @@ class Partition:
         layer: Layer,
     ) -> tuple[Float[Array, "B T Hq D"], Layer]:
         """`function(q, k, v, layer, heads, *per_row)`, which attends and stores, on each device's part of them."""
-        slopes = None if self.alibi_slopes is None else jnp.asarray(self.alibi_slopes, jnp.float32)
         if self.mesh is None:
-            return function(q, k, v, layer, Heads(slopes), *per_row)
+            return function(q, k, v, layer, Heads(self.alibi_slopes), *per_row)
+        slopes = None if self.alibi_slopes is None else jnp.asarray(self.alibi_slopes, jnp.float32)
         shared = q.shape[2] // k.shape[2]
 
         def on_device(

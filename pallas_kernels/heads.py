@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
@@ -31,6 +33,10 @@ class Heads:
     first_kv_head: int | Array = 0
 
     __no_type_check__ = True  # for JAX, whose trees hold anything in the places of arrays
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alibi_slopes, Sequence):
+            object.__setattr__(self, "alibi_slopes", jnp.asarray(self.alibi_slopes, jnp.float32))
 
     def of_new(self, x: Float[Array, "B T H D"]) -> Float[Array, "B T kv_heads D"]:
         """The KV heads of new tokens that are read."""

@@ -18,7 +18,8 @@ def newest_round(count: Array, size: int) -> tuple[Array, Array]:
     hold those of the round before. They never held any if that gives a negative number.
     """
     last = count - 1  # -1, for an empty ring, has a quotient of 0 and a remainder of -1
-    return jax.lax.rem(last, size) + 1, jax.lax.div(last, size) * size
+    sizes = jax.lax.full_like(last, size)
+    return jax.lax.rem(last, sizes) + 1, jax.lax.div(last, sizes) * size
 
 
 def entry_in(slot: Array, count: Array, size: int) -> Array:
