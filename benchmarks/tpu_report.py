@@ -101,9 +101,9 @@ class Cost:
     def of(cls, plan: Plan, schedule: Schedule) -> "Cost":
         """With the tokens and heads of a pass from the kernel's own plan."""
         loop = schedule.main_loop
-        passes = TOKENS / (plan.chunk * plan.unroll)
+        passes = TOKENS / (plan.span * plan.unroll)
         # The kernel is a pipeline: the first score and the last weighting are outside of the main loop.
-        units = plan.block // plan.chunk * (plan.heads // plan.unroll)
+        units = plan.block // plan.span * (plan.heads // plan.unroll)
         step = sum(around.cycles for around in schedule.around_main_loop) + (units - 1) * loop.cycles
         return cls(
             main=loop.cycles * passes,

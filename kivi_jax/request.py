@@ -58,6 +58,8 @@ class GenerationSettings:
     logprobs: bool = False
     ignore_eos: bool = False
 
+    __no_type_check__ = True  # it checks for itself
+
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "max_new_tokens": read_size("max_new_tokens", self.max_new_tokens),
@@ -99,17 +101,17 @@ class GenerationSettings:
             )
 
     def _check_stops(self) -> None:
-        stops = self.stops
+        stop: Any = self.stop
+        several = isinstance(stop, Iterable) and not isinstance(stop, str)
+        stops: tuple[Any, ...] = () if stop is None else tuple(stop) if several else (stop,)
         if not all(isinstance(text, str) and text for text in stops):
-            raise ValueError(f"stop must be a string or several, none of them empty, got {self.stop!r}")
-        object.__setattr__(self, "stop", stops)  # an iterator gives them only once
+            raise ValueError(f"stop must be a string or several, none of them empty, got {stop!r}")
+        object.__setattr__(self, "stop", stops)
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, however they were given."""
-        stop: Any = self.stop
-        several = isinstance(stop, Iterable) and not isinstance(stop, str)
-        return () if stop is None else tuple(stop) if several else (stop,)
+        return tuple(self.stop or ())
 
 
 def make_settings(

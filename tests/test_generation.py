@@ -11,6 +11,7 @@ import pytest
 import kivi_jax
 from kivi_jax import KVConfig, loop
 from kivi_jax.batching import PromptBatch, bucket
+from kivi_jax.checkpoints.load import DEMO_FOLDER
 from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.loop import random_key
 from kivi_jax.sampling import Greedy
@@ -444,6 +445,31 @@ def test_new_settings_do_not_compile(tiny):
         tiny, [[1]], temperature=2.0, top_k=1, top_p=0.1, min_p=1.0, repetition_penalty=0.5, n=3, **settings
     )
     assert (start_decoding._cache_size(), continue_decoding._cache_size()) == compiled
+
+
+def test_texts_are_no_part_of_compiled_programs(tiny):
+    """Another tokenizer, other end tokens or sampling defaults are the same programs, also one's own calls."""
+
+    def programs() -> list[int]:
+        compiled = (start_decoding, continue_decoding, kivi_jax.prefill, kivi_jax.decode_step)
+        return [function._cache_size() for function in compiled]
+
+    def run(params) -> list[int]:
+        kivi_jax.generate(params, [[1, 2]], max_new_tokens=4)
+        state = kivi_jax.init_state(params, 1, 16)
+        _, state = kivi_jax.prefill(params, jnp.ones((1, 4), jnp.int32), jnp.asarray([4]), state)
+        kivi_jax.decode_step(params, jnp.asarray([1]), state)
+        return programs()
+
+    compiled = run(tiny)
+    for changes in (
+        {"tokenizer": str(DEMO_FOLDER)},
+        {"end_tokens": (3, 4)},
+        {"sampling_defaults": (("temperature", 0.5),)},
+    ):
+        assert run(dataclasses.replace(tiny, **changes)) == compiled
+    # What is not text is part of them.
+    assert run(dataclasses.replace(tiny, decode_attention="xla")) != compiled
 
 
 def test_buckets():

@@ -1,24 +1,12 @@
-"""The programs of scripts/, benchmarks/ and tools/ start as modules, and imports among these packages go one way."""
+"""The programs of scripts/, benchmarks/ and tools/ start as modules."""
 
-import ast
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-IMPORTED = {
-    "scripts": {"tools"},
-    "benchmarks": {"benchmarks", "tools"},
-    "tools": {"tools"},
-    "kivi_jax": set(),
-    "models": set(),
-    "pallas_kernels": set(),
-}
-OF_THIS_REPOSITORY = {"scripts", "benchmarks", "tools", "tests"}
 # Runs each module as `python -m` would, in one process, so that JAX is imported once.
 HELP = """
 import contextlib, io, runpy, sys
@@ -56,13 +44,3 @@ def test_every_program_says_how_to_use_it():
     command = [sys.executable, "-c", HELP, *names]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-
-
-@pytest.mark.parametrize("package", IMPORTED)
-def test_imports_go_one_way(package):
-    for name, text in sources(package):
-        nodes = list(ast.walk(ast.parse(text)))
-        modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
-        modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-        packages = {module.partition(".")[0] for module in modules}
-        assert packages & OF_THIS_REPOSITORY <= IMPORTED[package], name

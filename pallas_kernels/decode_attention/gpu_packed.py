@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Int16, Int32
 
+from kivi_jax.kv.rings import entry_in
 from kivi_jax.pallas_kernels.decode_attention.gpu_codes import (
     Field,
     exp2_of_sum,
@@ -124,8 +125,7 @@ def _first_tokens(plan: Plan, item: Item, tile: Array) -> Int32[Array, " W"]:
         return places
     blocks = plan.capacity // plan.residual
     slot = jax.lax.div(places, plan.residual)
-    newest = jax.lax.div(item.length, plan.residual) - 1
-    block = newest - jax.lax.rem(newest + blocks - slot, blocks)
+    block = entry_in(slot, jax.lax.div(item.length, plan.residual), blocks)
     # The block may not exist yet, and the last tile may reach beyond the ring.
     stored = (block >= 0) & (slot < blocks)
     return jnp.where(stored, places + (block - slot) * plan.residual, item.length)

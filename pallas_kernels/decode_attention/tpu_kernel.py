@@ -10,6 +10,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kivi_jax.kv.rings import newest_round
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan
 from kivi_jax.pallas_kernels.decode_attention.tpu_registers import (
     dot,
@@ -28,8 +29,8 @@ from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES, ROWS_16_BI
 
 def scratch_buffers(plan: Plan) -> dict[str, Any]:
     """Buffers in VMEM for what is kept between grid steps, and for results within one."""
-    groups = plan.chunk // plan.keys.group_size
-    value_rows = plan.chunk // plan.values.tokens * plan.channel_groups
+    groups = plan.span // plan.keys.group_size
+    value_rows = plan.span // plan.values.tokens * plan.channel_groups
     columns = plan.keys.lanes // LANES
 
     def buffer(*shape: int) -> Any:
@@ -43,7 +44,7 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
         # With `fold`, scaled queries: the even rows twice, the odd rows twice, then all rows in order.
         "queries": buffer(columns if plan.fold else 1, plan.heads, 3 * SUBLANES, LANES),
         # Scores for each head of a unit.
-        "scores": buffer(plan.unroll, plan.chunk // LANES, plan.rows, LANES),
+        "scores": buffer(plan.unroll, plan.span // LANES, plan.rows, LANES),
         # Scales, repeated for the rows they apply to. One more group may be read, but is not used.
         "key_scales": buffer(plan.unroll, columns, plan.scale_repeats * (groups + 1), LANES),
         # What the middle code of a group decodes to, or without `fold` its products with the queries.
@@ -72,18 +73,18 @@ def step(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> Non
         jax.lax.fori_loop(0, plan.heads, lambda head, _: call.begin(head), None)
 
     groups = plan.heads // plan.unroll
-    chunks = jax.lax.div(jnp.minimum(used - block * plan.block, plan.block) + (plan.chunk - 1), plan.chunk)
+    spans = jax.lax.div(jnp.minimum(used - block * plan.block, plan.block) + (plan.span - 1), plan.span)
 
     def unit(i: Array) -> list[tuple[int, Array, Array]]:
-        """The heads of unit `i`: for each, its number in the unit, the head and the chunk."""
-        first, chunk = jax.lax.rem(i, groups) * plan.unroll, jax.lax.div(i, groups)
-        return [(u, first + u, chunk) for u in range(plan.unroll)]
+        """The heads of unit `i`: for each, its number in the unit, the head and the span."""
+        first, span = jax.lax.rem(i, groups) * plan.unroll, jax.lax.div(i, groups)
+        return [(u, first + u, span) for u in range(plan.unroll)]
 
     # Three independent stages overlap: a unit's values are weighted while the next one's keys are scored and the scales
     # of the one after it are prepared. The scheduler keeps their order, so keys come first: they wait for nothing.
-    @pl.when(chunks > 0)
+    @pl.when(spans > 0)
     def attend() -> None:
-        last = chunks * groups - 1
+        last = spans * groups - 1
 
         def body(i: Array, _: None) -> None:
             for before, now, after in zip(unit(i - 1), unit(i), unit(jnp.minimum(i + 1, last)), strict=True):
@@ -161,22 +162,22 @@ class _Step:
         out = self.refs["weighted"][head] / denominator
         self.refs["out"][head] = out.astype(self.refs["out"].dtype)
 
-    def score(self, u: int, head: Array, chunk: Array) -> None:
-        """Stores the scores of the packed tokens in a chunk of the block."""
-        for i, x in enumerate(self._scores(u, head, chunk)):
+    def score(self, u: int, head: Array, span: Array) -> None:
+        """Stores the scores of the packed tokens in a span of the block."""
+        for i, x in enumerate(self._scores(u, head, span)):
             self.refs["scores"][u, i] = x
 
-    def weigh(self, u: int, head: Array, chunk: Array, then: Callable[[], None] | None = None) -> None:
+    def weigh(self, u: int, head: Array, span: Array, then: Callable[[], None] | None = None) -> None:
         """Adds the weighted values of the tokens that `score` scored last; calls `then` once their scores are read."""
         plan, refs = self.plan, self.refs
-        scores = [refs["scores"][u, i] for i in range(plan.chunk // LANES)]
+        scores = [refs["scores"][u, i] for i in range(plan.span // LANES)]
         if then is not None:
             then()
         before = refs["maximum"][head]
         maximum = jnp.maximum(before, functools.reduce(jnp.maximum, scores).max(1, keepdims=True))
         shrink = jnp.exp2(before - maximum)
         probabilities = [jnp.exp2(x - maximum) for x in scores]
-        weighted = self._weighted(u, head, chunk, probabilities)
+        weighted = self._weighted(u, head, span, probabilities)
         refs["maximum"][head] = maximum
         refs["denominator"][head] = refs["denominator"][head] * shrink + functools.reduce(
             jnp.add, probabilities
@@ -195,11 +196,11 @@ class _Step:
         position = round_to_bfloat16(jnp.broadcast_to(token, (1, lanes)).astype(jnp.float32))
         return round_to_bfloat16(slopes[:, :1] * position) * self.plan.score_scale
 
-    def prepare_keys(self, u: int, head: Array, chunk: Array) -> None:
+    def prepare_keys(self, u: int, head: Array, span: Array) -> None:
         """Stores the scales and zeros of keys as `score` needs them."""
         plan, refs, keys = self.plan, self.refs, self.plan.keys
-        groups = plan.chunk // keys.group_size
-        rows = pl.ds(pl.multiple_of(chunk * groups, groups), groups)
+        groups = plan.span // keys.group_size
+        rows = pl.ds(pl.multiple_of(span * groups, groups), groups)
         scale, zero = (refs[name][head, rows].astype(jnp.float32) for name in ("k_scale", "k_zero"))
         middle = (zero + keys.middle_code * scale) * keys.unit
         if plan.fold:
@@ -215,17 +216,17 @@ class _Step:
             scale = jnp.concatenate([scale, scale], axis=1)
         self._store_repeated("key_scales", (u,), scale, plan.scale_repeats)
 
-    def prepare_values(self, u: int, head: Array, chunk: Array) -> None:
+    def prepare_values(self, u: int, head: Array, span: Array) -> None:
         """Stores the scales and zeros of values as `weigh` needs them."""
         plan, refs, values = self.plan, self.refs, self.plan.values
-        lanes = pl.ds(pl.multiple_of(chunk * plan.chunk, plan.chunk), plan.chunk)
+        lanes = pl.ds(pl.multiple_of(span * plan.span, plan.span), plan.span)
         # Places past the last token may hold anything, even NaN.
-        place = jax.lax.broadcasted_iota(jnp.int32, (plan.channel_groups, plan.chunk), 1)
-        live = place < self._used() - chunk * plan.chunk
+        place = jax.lax.broadcasted_iota(jnp.int32, (plan.channel_groups, plan.span), 1)
+        live = place < self._used() - span * plan.span
         ordered = []
         for name in ("v_scale", "v_zero"):
             array = jnp.where(live, refs[name][head, :, lanes].astype(jnp.float32), 0)
-            tiles = [array[:, i : i + values.tokens] for i in range(0, plan.chunk, values.tokens)]
+            tiles = [array[:, i : i + values.tokens] for i in range(0, plan.span, values.tokens)]
             ordered.append(take_ordered(jnp.concatenate(tiles, axis=0), values.token_of_lane))
         scale, zero = ordered
         factor = values.unit / values.middle
@@ -269,14 +270,14 @@ class _Step:
         plan = self.plan
         return jnp.minimum(self.length - plan.residual, plan.capacity) - self.block * plan.block
 
-    def _scores(self, u: int, head: Array, chunk: Array) -> list[Array]:
-        """Scores in base 2, `[rows, 128]` for every tile and half of the chunk, -inf where no token is attended."""
+    def _scores(self, u: int, head: Array, span: Array) -> list[Array]:
+        """Scores in base 2, `[rows, 128]` for every tile and half of the span, -inf where no token is attended."""
         plan, keys = self.plan, self.plan.keys
-        products = self._folded_products(u, head, chunk) if plan.fold else self._products(u, head, chunk)
+        products = self._folded_products(u, head, span) if plan.fold else self._products(u, head, span)
         scores = []
         for i, score in enumerate(products):
             tile, half = divmod(i, keys.halves)
-            place = keys.token_of_lane(half)[:1] + (chunk * plan.chunk + tile * keys.tokens)
+            place = keys.token_of_lane(half)[:1] + (span * plan.span + tile * keys.tokens)
             token, live = self._token(place)
             if plan.alibi:
                 score += self._bias(token, head)
@@ -290,28 +291,27 @@ class _Step:
         token = place + self.block * plan.block
         if plan.window is None:
             return token, live & (token >= plan.sinks) if plan.sinks else live
-        # Packed blocks form a ring: slots up to the newest block's belong to its round, the others to the one before.
-        newest = jnp.maximum(jax.lax.div(self.length, plan.residual) - 1, 0)
-        count = plan.capacity // plan.residual
-        of_round = (jax.lax.rem(newest, count) + 1) * plan.residual
-        first = jax.lax.div(newest, count) * plan.capacity
-        token += jnp.where(token < of_round, first, first - plan.capacity)
+        # As `rings.entry_in`, but for tokens, so that nothing is divided for each of them.
+        blocks = jax.lax.div(self.length, plan.residual)
+        slots, first = newest_round(blocks, plan.capacity // plan.residual)
+        first *= plan.residual
+        token += jnp.where(token < slots * plan.residual, first, first - plan.capacity)
         live &= (token >= self.oldest) & (token < self.length - plan.residual)
         return token, live
 
-    def _tile(self, tiles: Tiles, name: str, head: Array, chunk: Array, tile: int) -> Array:
-        """A tile of the chunk, unpacked to `[tokens of a half, lanes]`."""
-        of_chunk = self.plan.chunk // tiles.tokens * tiles.word_rows
-        start = pl.multiple_of(chunk * of_chunk, SUBLANES) + tile * tiles.word_rows
+    def _tile(self, tiles: Tiles, name: str, head: Array, span: Array, tile: int) -> Array:
+        """A tile of the span, unpacked to `[tokens of a half, lanes]`."""
+        of_span = self.plan.span // tiles.tokens * tiles.word_rows
+        start = pl.multiple_of(span * of_span, SUBLANES) + tile * tiles.word_rows
         return tiles.unpack(self.refs[name][head, pl.ds(start, tiles.word_rows)])
 
-    def _products(self, u: int, head: Array, chunk: Array) -> list[Array]:
+    def _products(self, u: int, head: Array, span: Array) -> list[Array]:
         """Scores of every tile and half, with the scales applied to the codes."""
         plan, keys = self.plan, self.plan.keys
-        tiles, groups = plan.chunk // keys.tokens, plan.chunk // keys.group_size
+        tiles, groups = plan.span // keys.tokens, plan.span // keys.group_size
         scaled = []
         for tile in range(tiles):
-            codes = self._tile(keys, "k_codes", head, chunk, tile)
+            codes = self._tile(keys, "k_codes", head, span, tile)
             for i in range(0, LANES, ROWS_16_BIT):
                 group = tile * keys.groups + keys.group_of_register(i // ROWS_16_BIT)
                 start = group * plan.scale_repeats
@@ -337,7 +337,7 @@ class _Step:
                 scores.append(products[rows, tile * LANES : (tile + 1) * LANES] + middle)
         return scores
 
-    def _folded_products(self, u: int, head: Array, chunk: Array) -> list[Array]:
+    def _folded_products(self, u: int, head: Array, span: Array) -> list[Array]:
         """The same with the scales applied to the queries: rows for every group, of which a lane keeps its own group's.
 
         A slot is a register of queries, in which each copy has another group's scales. Two slots fill a register of
@@ -353,7 +353,7 @@ class _Step:
         )
         slots = keys.groups // plan.copies
         folded, sums = [], []
-        for pair in range(plan.chunk // (2 * plan.copies * keys.group_size)):
+        for pair in range(plan.span // (2 * plan.copies * keys.group_size)):
             scale = self._load_columns("key_scales", u, pl.ds(pair * SUBLANES, SUBLANES))
             rows = pltpu.bitcast(pack_rows(even * scale, odd * scale, self.interpret), jnp.bfloat16)
             folded.append(rows)
@@ -365,14 +365,14 @@ class _Step:
                 sums.append(rest.sum(1, keepdims=True))
         own = self._own(keys.group_of_lane())
         products = []
-        tiles = plan.chunk // keys.tokens
+        tiles = plan.span // keys.tokens
         together = min(plan.product_tiles, tiles)
         for start in range(0, tiles, together):
             pair = start * slots // 2
             product = dot_transposed(
                 jnp.concatenate(folded[pair : -(-(start + together) * slots // 2)], axis=0),
                 jnp.concatenate(
-                    [self._tile(keys, "k_codes", head, chunk, start + i) for i in range(together)], axis=0
+                    [self._tile(keys, "k_codes", head, span, start + i) for i in range(together)], axis=0
                 ),
             )
             for i, of_tile in enumerate(split_lanes(product)):
@@ -386,13 +386,13 @@ class _Step:
                 products.append(self._sum_copies(kept + keys.middle * constant))
         return products
 
-    def _weighted(self, u: int, head: Array, chunk: Array, probabilities: list[Array]) -> Array:
+    def _weighted(self, u: int, head: Array, span: Array, probabilities: list[Array]) -> Array:
         """Values `[rows, D]` weighted by `probabilities` of every tile and half.
 
         Scales are applied to the probabilities: rows for every channel group, whose products that group's lanes keep.
         """
         plan, refs, values = self.plan, self.refs, self.plan.values
-        tiles = plan.chunk // values.tokens
+        tiles = plan.span // values.tokens
         if plan.keys.bits != values.bits:
 
             def key_lane(half: int) -> Array:
@@ -405,7 +405,7 @@ class _Step:
                     take_ordered(jnp.concatenate(probabilities[i : i + values.halves], axis=1), key_lane)
                 )
             ]
-        codes = [split_lanes(self._tile(values, "v_codes", head, chunk, tile)) for tile in range(tiles)]
+        codes = [split_lanes(self._tile(values, "v_codes", head, span, tile)) for tile in range(tiles)]
         slots = plan.slots // plan.copies
         lane = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1)
         own = self._own(lane >> (values.group_size.bit_length() - 1))

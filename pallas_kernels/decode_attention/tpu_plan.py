@@ -33,7 +33,7 @@ class Plan:
         fold: whether the scales of keys are applied to the queries, with rows for each group, or to the unpacked codes.
         bfloat16_units: whether the vector units compute in bfloat16.
         product_tiles: tiles in one product, as many as it takes for their keys to fill the matrix unit.
-        chunk: tokens of each head in a pass of the main loop; nothing to do with the chunks of a prompt.
+        span: tokens of each head in a pass of the main loop.
         heads: KV heads in a grid step.
         unroll: KV heads in a pass of the main loop, so that one's latencies hide behind another's work.
         block: tokens of a row in a grid step.
@@ -47,7 +47,7 @@ class Plan:
     fold: bool
     bfloat16_units: bool
     product_tiles: int
-    chunk: int
+    span: int
     heads: int
     unroll: int
     block: int
@@ -109,16 +109,16 @@ def make_plan(layer: QuantizedLayer, shared: int, kv_heads: int, alibi: bool) ->
     # A copy has an even number of rows, and a group of its own in every tile.
     copy_rows = max(2, 2 ** (shared - 1).bit_length())
     copies = min(SUBLANES // copy_rows, keys.groups) if fold else 1
-    # A chunk's scales of keys fill a register of 16-bit numbers, or two if one head alone has to keep the units busy.
-    chunk = ROWS_16_BIT * config.group_size * (2 if rows > SUBLANES else 1)
+    # A span's scales of keys fill a register of 16-bit numbers, or two if one head alone has to keep the units busy.
+    span = ROWS_16_BIT * config.group_size * (2 if rows > SUBLANES else 1)
     fitting = max(RING_BYTES // (2 * residual * max(head_dim, LANES) * 2), 1)
     most = min(fitting, 16, max(kv_heads // cores, 1))
     heads = max(count for count in range(1, most + 1) if kv_heads % count == 0)
-    most = max(UNIT // (max(rows // copies, UNIT_ROWS) * chunk), 1)
+    most = max(UNIT // (max(rows // copies, UNIT_ROWS) * span), 1)
     unroll = max(count for count in range(1, min(most, heads) + 1) if heads % count == 0)
     capacity = layer.blocks * residual
     # Rows are read in whole blocks, which therefore stay well below the capacity.
-    most = max(min(min(UNITS * unroll, STEP_TOKENS // chunk) // heads, capacity // (4 * chunk)), 1)
+    most = max(min(min(UNITS * unroll, STEP_TOKENS // span) // heads, capacity // (4 * span)), 1)
     return Plan(
         keys=keys,
         values=values,
@@ -127,10 +127,10 @@ def make_plan(layer: QuantizedLayer, shared: int, kv_heads: int, alibi: bool) ->
         fold=fold,
         bfloat16_units=generation >= 6,
         product_tiles=2 if generation >= 6 else 1,
-        chunk=chunk,
+        span=span,
         heads=heads,
         unroll=unroll,
-        block=chunk * 2 ** (most.bit_length() - 1),
+        block=span * 2 ** (most.bit_length() - 1),
         capacity=capacity,
         residual=residual,
         sinks=config.sink_tokens,

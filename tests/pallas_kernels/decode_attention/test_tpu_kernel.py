@@ -1,6 +1,6 @@
 """The TPU kernel, interpreted, against a float64 softmax over what the same codes decode to.
 
-Rows of one batch lie around every edge: of the ring, of a chunk of the main loop, of a grid step and of what the
+Rows of one batch lie around every edge: of the ring, of a span of the main loop, of a grid step and of what the
 layer can hold; one is empty, as rows that have ended are.
 """
 
@@ -74,12 +74,12 @@ def test_newer_chips(monkeypatch, config):
     check(config, 20, 1, 64, [3, 500], capacity=600)
 
 
-def test_steps_of_several_chunks(monkeypatch):
+def test_steps_of_several_spans(monkeypatch):
     """And of one KV head of two, as where two cores share a grid."""
     monkeypatch.setattr(tpu_plan, "_chip", lambda: (4, 2))
     layer, _ = stored(KIVI2, 2, 128, [1], 4500)
     plan = tpu_plan.make_plan(layer, 4, 2, alibi=False)
-    assert plan.block > plan.chunk
+    assert plan.block > plan.span
     assert plan.heads == 1
     check(KIVI2, 8, 2, 128, [4499, plan.block + 129, 2 * plan.block + 127, 0], capacity=4500)
 

@@ -92,7 +92,7 @@ def test_cost_of_512_tokens_of_a_head():
     assert case.packed_bytes(512) == 512 * 128 * 2 * 3 / 8  # 3.0 bits a value
     plan = tpu_programs.plan_of(case, "v5e")
     cost = tpu_report.Cost.of(plan, read_schedule(BUNDLES, utilization()))
-    tokens = plan.chunk * plan.unroll
+    tokens = plan.span * plan.unroll
     assert cost.main * tokens == 7 * 512
     assert cost.bundles * tokens == 4 * 512
     # A step takes `tokens` as often as it has them, all but the first time in the inner loop.

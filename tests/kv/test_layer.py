@@ -1,0 +1,92 @@
+"""What every storage of a layer has to keep to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from kivi_jax.kv import KVConfig
+from kivi_jax.kv.config import PRESETS
+from kivi_jax.kv.layer import Layer
+from kivi_jax.kv.state import KVState, empty_state
+from tools.oracle.dequantized import decode_state
+
+LENGTHS = jnp.asarray([0, 1, 40, 150])
+CAPACITY, HEADS, HEAD_DIM = 160, 2, 32
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+storages = pytest.mark.parametrize(
+    ("config", "sliding_window"),
+    [
+        (PRESETS["bf16"], None),
+        (PRESETS["bf16"], 50),
+        (KVConfig(2, 2, 32, 32), None),
+        (KVConfig(4, 2, 32, 32, sink_tokens=5), None),
+        (KVConfig(2, 2, 32, 32), 50),
+    ],
+    ids=str,
+)
+
+
+def stored(config: KVConfig, sliding_window: int | None) -> Layer:
+    (layer,) = empty_state(1, 4, HEADS, CAPACITY, HEAD_DIM, config, jnp.float32, [sliding_window]).layers
+    k, v = np.random.default_rng(0).standard_normal((2, 4, CAPACITY, HEADS, HEAD_DIM)).astype(np.float32)
+    return layer.store_prompt(jnp.asarray(k), jnp.asarray(v), LENGTHS)
+
+
+def read(
+    layer: Layer, lengths: jax.Array, unit: bool
+) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+    """Keys and values of all regions by row and token, read at once or in the smallest pieces."""
+    found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    for region in layer.regions(lengths):
+        count = region.unit if unit else region.size
+        for start in range(0, region.size, count):
+            tokens, keys, values = map(np.asarray, region.read(start, count))
+            for row, place in np.argwhere(tokens >= 0):
+                assert start + place < int(region.used)
+                assert (row, tokens[row, place]) not in found
+                found[row, tokens[row, place]] = keys[row, :, place], values[row, :, place]
+    return found
+
+
+@storages
+@pytest.mark.parametrize("unit", [False, True])
+def test_regions_have_each_token_once_as_it_is_stored(config, sliding_window, unit):
+    layer = stored(config, sliding_window)
+    ((k, v),) = decode_state(KVState(LENGTHS, (layer,), config, CAPACITY))
+    found = read(layer, LENGTHS, unit)
+    for row, length in enumerate(LENGTHS.tolist()):
+        oldest = 0 if sliding_window is None else max(length + 1 - sliding_window, 0)
+        assert {token for of, token in found if of == row} >= set(range(oldest, length))
+    for (row, token), (key, value) in found.items():
+        assert token < LENGTHS[row]
+        np.testing.assert_allclose(key, k[row, :, token], atol=1e-6)
+        np.testing.assert_allclose(value, v[row, :, token], atol=1e-6)
+
+
+@storages
+def test_rows_are_taken_and_put(config, sliding_window):
+    layer = stored(config, sliding_window)
+    rows = jnp.asarray([3, 1, 1])
+    taken = layer.take_rows(rows)
+    expected = read(layer, LENGTHS, False)
+    found = read(taken, LENGTHS[rows], False)
+    assert len(found) == sum(row == of for row in rows.tolist() for of, _ in expected)
+    for (row, token), pair in found.items():
+        np.testing.assert_array_equal(pair, expected[int(rows[row]), token])
+    # Rows 1 and 2 of the layer become the third and the second of the taken ones.
+    put = layer.put_rows(taken.take_rows(jnp.asarray([0, 2])), jnp.int32(1))
+    again = read(put, LENGTHS[jnp.asarray([0, 3, 1, 3])], False)
+    assert {row for row, _ in again} == {1, 2, 3}
+    for (row, token), pair in again.items():
+        np.testing.assert_array_equal(pair, expected[{1: 3, 2: 1, 3: 3}[row], token])
+
+
+@storages
+def test_arrays_are_spread_by_rows_and_heads(config, sliding_window):
+    layer = stored(config, sliding_window)
+    specs = layer.partition_spec("data", "model")
+    assert jax.tree.structure(specs) == jax.tree.structure(layer)
+    assert set(jax.tree.leaves(specs)) == {PartitionSpec("data", "model")}
