@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 import kivi_jax
-from kivi_jax import KVConfig, loop
-from kivi_jax.batching import PromptBatch, bucket
-from kivi_jax.checkpoints.load import DEMO_FOLDER
-from kivi_jax.decoding import continue_decoding, start_decoding
+from kivi_jax import KVConfig
 from kivi_jax.loop import random_key
-from kivi_jax.sampling import Greedy
-from kivi_jax.steps import insert_prompts
 from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -72,30 +67,6 @@ def test_end_tokens_end_their_rows_only(tiny):
         assert after.finish_reason == ("stop" if places else "length")
 
 
-def test_loop_ends_with_the_last_row(tiny):
-    unended = kivi_jax.generate(tiny, [[1, 2, 3]], max_new_tokens=30)[0].tokens
-    place = 7
-    assert unended[place] not in unended[:place]
-    another = next(token for token in range(100) if token not in unended)
-    end_tokens = jnp.asarray([another, unended[place]])  # any of them ends a row, not only the first
-    kv = kivi_jax.kv.PRESETS["kivi2"]
-    decoding = start_decoding(
-        tiny,
-        jnp.asarray([[1, 2, 3]]),
-        jnp.asarray([3]),
-        end_tokens,
-        jax.random.split(jax.random.key(0), 1),
-        Greedy(),
-        active=jnp.asarray([True]),
-        capacity=64,
-        kv=kv,
-        max_new_tokens=32,
-    )
-    decoding = continue_decoding(tiny, decoding, end_tokens, Greedy(), jnp.int32(30))
-    assert int(decoding.steps) == place + 1
-    assert decoding.state.lengths.tolist() == [3 + place]
-
-
 def test_samples_repeat_with_their_seed_and_do_not_depend_on_neighbours(tiny):
     first = kivi_jax.generate(tiny, PROMPTS, "bf16", seed=1, **SAMPLED)
     assert kivi_jax.generate(tiny, PROMPTS, "bf16", seed=1, **SAMPLED) == first
@@ -132,139 +103,6 @@ def test_n_samples_do_not_depend_on_neighbours_nor_on_n(tiny):
     steps = list(kivi_jax.stream(tiny, PROMPTS[:1], "bf16", n=3, seed=1, every=8, **SAMPLED))
     assert steps[-1] == [alone]
     assert [len(step[0][2].tokens) for step in steps] == [9, 17, 20]
-
-
-def test_rows_of_one_prompt_begin_with_equal_states(tiny):
-    prompt_rows = jnp.asarray([2, 0, 0, 1])
-    decoding = start_decoding(
-        tiny,
-        jnp.asarray([[1] * 40, [2] * 40, [3] * 40]),
-        jnp.asarray([40, 39, 38]),
-        jnp.asarray([], jnp.int32),
-        jax.random.split(jax.random.key(0), 4),
-        Greedy(),
-        active=jnp.ones(4, bool),
-        capacity=48,
-        kv=KVConfig(2, 2, 32, 32),
-        max_new_tokens=16,
-        prompt_rows=prompt_rows,
-    )
-    assert decoding.state.lengths.tolist() == [38, 40, 40, 39]
-    for leaf in jax.tree.leaves(decoding.state.layers):
-        np.testing.assert_array_equal(leaf[1], leaf[2])
-        assert np.any(leaf[0] != leaf[1])
-        assert np.any(leaf[3] != leaf[1])
-
-
-def test_prompts_of_n_samples_are_prefilled_once():
-    batch = PromptBatch.pad([[1, 2], [3], [4], [5], [6]], max_new_tokens=10, n=3)
-    assert batch.tokens.shape == (6, 16)  # prompts are padded to a bucket, and their samples to another
-    assert batch.prompt_rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5]
-    assert batch.samples.tolist() == [0, 1, 2] * 5 + [0]
-
-
-def test_overflow_ends_its_row_with_an_error(tiny):
-    """One token's activations are no numbers: in a prompt it ends its row at once, as the third new one after it."""
-    expected = kivi_jax.generate(tiny, [[1, 2, 3], [4, 5]], max_new_tokens=8, logprobs=True)
-    bad = expected[0].tokens[2]
-    assert bad not in {1, 2, 3, 4, 5, *expected[1].tokens, *expected[0].tokens[:2]}
-    weights = jax.tree.map(lambda x: x, tiny.weights)
-    weights["embed"]["embedding"] = weights["embed"]["embedding"].at[bad].set(jnp.inf)
-    params = dataclasses.replace(tiny, weights=weights)
-    for settings in ({}, {"temperature": 1.0}):
-        first, second, third = kivi_jax.generate(
-            params, [[1, 2, 3], [4, 5], [7, bad]], max_new_tokens=8, logprobs=True, **settings
-        )
-        assert (third.tokens, third.finish_reason) == ([], "error")
-        assert "float32" in third.error
-        if not settings:
-            assert (first.tokens, first.finish_reason) == (expected[0].tokens[:3], "error")
-            assert np.isfinite(first.logprobs).all()
-            assert second == expected[1]
-            assert second.error is None
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.01, 1.0])
-def test_decoding_is_interrupted_soon(tiny, monkeypatch, seconds):
-    """A call into the compiled loop, in which Ctrl-C is not heard, makes the steps of a quarter of a second."""
-    expected = kivi_jax.generate(tiny, [[1, 2, 3]], max_new_tokens=200)
-    clock, made = [0.0], []
-
-    def recorder(params, decoding, end_tokens, sampler, until):
-        made.append(int(until) - int(decoding.steps))
-        clock[0] += seconds * made[-1]
-        return continue_decoding(params, decoding, end_tokens, sampler, until)
-
-    monkeypatch.setattr(loop, "continue_decoding", recorder)
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
-    assert kivi_jax.generate(tiny, [[1, 2, 3]], max_new_tokens=200) == expected
-    assert sum(made) == 199  # and one by the prefill
-    assert max(made) * seconds <= max(0.25, seconds)
-    assert len(made) <= 4 or seconds
-
-
-RAGGED = [[5, 6], [i % 101 for i in range(1, 700)], [7] * 100, [9], list(range(90, 0, -1)), [3, 2, 1]]
-
-
-@pytest.mark.parametrize("prefill_chunk", [None, 64])
-@pytest.mark.parametrize("kv", ["bf16", KVConfig(2, 2, 32, 32)], ids=str)
-def test_prompts_of_unlike_lengths_are_prefilled_in_groups(tiny, monkeypatch, kv, prefill_chunk):
-    """No more than 1.6 times their tokens is run, and each gets what it gets alone, in the order of the prompts."""
-    run = []
-
-    def recorder(params, tokens, lengths, *args):
-        run.append(tokens.size)
-        return insert_prompts(params, tokens, lengths, *args)
-
-    monkeypatch.setattr(loop, "insert_prompts", recorder)
-    settings = {"max_new_tokens": 12, "prefill_chunk": prefill_chunk, "repetition_penalty": 1.2}
-    together = kivi_jax.generate(tiny, RAGGED, kv, **settings)
-    assert len(run) > 1
-    assert sum(run) <= 1.6 * sum(map(len, RAGGED))
-    assert together == [kivi_jax.generate(tiny, [prompt], kv, **settings)[0] for prompt in RAGGED]
-
-
-def test_samples_and_streams_of_groups(tiny):
-    """A row's samples hinge on its prompt's place, wherever it went, and ended rows end alone."""
-    settings = {**SAMPLED, "n": 2, "logprobs": True}
-    together = kivi_jax.generate(tiny, RAGGED, "bf16", **settings)
-    for place in (0, 3):
-        others = [[1]] * len(RAGGED)  # nothing to make groups of
-        others[place] = RAGGED[place]
-        alone = kivi_jax.generate(tiny, others, "bf16", **settings)[place]
-        for sample, expected in zip(together[place], alone, strict=True):
-            assert sample.tokens == expected.tokens
-            np.testing.assert_allclose(sample.logprobs, expected.logprobs, atol=1e-4)
-    end = together[0][0].tokens[4]
-    params = dataclasses.replace(tiny, end_tokens=(end,))
-    *_, streamed = kivi_jax.stream(params, RAGGED, "bf16", every=3, **settings)
-    for samples, before in zip(streamed, together, strict=True):
-        for sample, unended in zip(samples, before, strict=True):
-            ended = end in unended.tokens
-            assert sample.tokens == unended.tokens[: unended.tokens.index(end) if ended else None]
-            assert sample.finish_reason == ("stop" if ended else "length")
-
-
-def test_short_prompts_of_one_length_are_one_group():
-    assert PromptBatch.pad([range(4)] * 200, max_new_tokens=10).groups == ((256, 16),)
-
-
-def test_groups_of_prompts():
-    generator = np.random.default_rng(0)
-    for _ in range(300):
-        count = generator.integers(1, 40)
-        lengths = np.exp(generator.uniform(np.log(16), np.log(8000), count)).astype(int).tolist()
-        batch = PromptBatch.pad([range(length) for length in lengths], max_new_tokens=10)
-        work = sum(rows * width for rows, width in batch.groups)
-        assert work <= max(1.6 * sum(lengths), 512)
-        if len(batch.groups) > 1:
-            assert sum(rows for rows, _ in batch.groups) == count
-        assert all(bucket(rows) == rows and bucket(width) == width for rows, width in batch.groups)
-        # Every prompt is there, in a group as wide as it needs.
-        widths = [width for rows, width in batch.groups for _ in range(rows)]
-        for row, place in enumerate(batch.places[:count]):
-            assert batch.lengths[row] == lengths[place] <= widths[row]
-            assert batch.rows[place] == row
 
 
 @pytest.mark.parametrize("penalty", [1.5, 0.3])
@@ -424,61 +262,6 @@ def test_bad_input_is_one_clear_error(tiny, prompts, options, message, monkeypat
         kivi_jax.generate(tiny, prompts, **options)
 
 
-def test_new_lengths_rarely_compile(tiny):
-    kivi_jax.generate(tiny, [[1] * 100], max_new_tokens=20)
-    compiled = start_decoding._cache_size(), continue_decoding._cache_size()
-    for length in (97, 101, 103, 108):
-        kivi_jax.generate(tiny, [[1] * length], max_new_tokens=20)
-    assert (start_decoding._cache_size(), continue_decoding._cache_size()) == compiled
-
-
-def test_new_settings_do_not_compile(tiny):
-    settings = {"max_new_tokens": 20, "logprobs": True}
-    kivi_jax.generate(
-        tiny, [[1]], temperature=1.0, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=2.0, n=3, **settings
-    )
-    compiled = start_decoding._cache_size(), continue_decoding._cache_size()
-    kivi_jax.generate(
-        tiny, [[1]], temperature=0.5, top_k=9, top_p=0.9, min_p=0.2, repetition_penalty=1.5, n=3, **settings
-    )
-    kivi_jax.generate(
-        tiny, [[1]], temperature=2.0, top_k=1, top_p=0.1, min_p=1.0, repetition_penalty=0.5, n=3, **settings
-    )
-    assert (start_decoding._cache_size(), continue_decoding._cache_size()) == compiled
-
-
-def test_texts_are_no_part_of_compiled_programs(tiny):
-    """Another tokenizer, other end tokens or sampling defaults are the same programs, also one's own calls."""
-
-    def programs() -> list[int]:
-        compiled = (start_decoding, continue_decoding, kivi_jax.prefill, kivi_jax.decode_step)
-        return [function._cache_size() for function in compiled]
-
-    def run(params) -> list[int]:
-        kivi_jax.generate(params, [[1, 2]], max_new_tokens=4)
-        state = kivi_jax.init_state(params, 1, 16)
-        _, state = kivi_jax.prefill(params, jnp.ones((1, 4), jnp.int32), jnp.asarray([4]), state)
-        kivi_jax.decode_step(params, jnp.asarray([1]), state)
-        return programs()
-
-    compiled = run(tiny)
-    for changes in (
-        {"tokenizer": str(DEMO_FOLDER)},
-        {"end_tokens": (3, 4)},
-        {"sampling_defaults": (("temperature", 0.5),)},
-    ):
-        assert run(dataclasses.replace(tiny, **changes)) == compiled
-    # What is not text is part of them.
-    assert run(dataclasses.replace(tiny, decode_attention="xla")) != compiled
-
-
-def test_buckets():
-    buckets = sorted({bucket(size) for size in range(1, 100)})
-    assert buckets == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
-    assert all(size <= bucket(size, least=16) < max(1.5 * size + 1, 17) for size in range(1, 3000))
-    assert np.all(np.diff([bucket(size, least=16) for size in range(1, 3000)]) >= 0)
-
-
 def test_prompts_in_chunks_complete_alike(tiny):
     """Exactly with exact storage, and from a prompt that the exact window holds with any."""
     for kv, prompts in (("bf16", PROMPTS), ("kivi2", PROMPTS[:2])):
@@ -510,22 +293,3 @@ def test_every_step_draws_anew(tiny):
     """At a temperature that makes all 101 tokens alike, 64 draws are expected to give 48 of them."""
     (completion,) = kivi_jax.generate(tiny, [[1, 2, 3]], "bf16", max_new_tokens=64, temperature=1e6)
     assert len(set(completion.tokens)) > 32
-
-
-def test_rows_that_a_stop_string_ended_are_inactive(lettered, monkeypatch):
-    """So that they are not read any more, and the loop ends with the last row."""
-    prompts = ["w1 w2", "w3"]
-    stopped, other = kivi_jax.generate(lettered, prompts, max_new_tokens=40)
-    stop = "".join(f" w{token}" for token in stopped.tokens[3:6])
-    assert stop not in other.text
-    continued = []
-    in_pieces = loop._continue
-
-    def recorder(params, decoding, *arguments):
-        continued.append(decoding.active.tolist())
-        return in_pieces(params, decoding, *arguments)
-
-    monkeypatch.setattr(loop, "_continue", recorder)
-    first, second = kivi_jax.generate(lettered, prompts, max_new_tokens=40, stop=stop)
-    assert (first.finish_reason, second.tokens) == ("stop", other.tokens)
-    assert continued == [[True, True]] + [[False, True]] * 4  # after 1, 9, 17, 25 and 33 tokens
