@@ -47,7 +47,7 @@ class CompletionReader:
         tokenizer: the folder with the tokenizer's files; None if there is no tokenizer.
         stops: strings that end a completion.
         max_new_tokens: the most tokens of a completion.
-        error: the completion's message if the model gave no token.
+        dtype: of the model's activations, which an error names.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class CompletionReader:
         tokenizer: str | None,
         stops: tuple[str, ...],
         max_new_tokens: int,
-        error: str = "the model gave no token",
+        dtype: str,
     ) -> None:
         self.max_new_tokens = max_new_tokens
         self.end_tokens = end_tokens
@@ -66,7 +66,7 @@ class CompletionReader:
         self._text = ""
         self._count = 0  # tokens of the completion
         self._finish_reason: FinishReason | None = None
-        self._error = error
+        self._dtype = dtype
 
     def read(self, tokens: list[int], logprobs: list[float] | None = None) -> Completion:
         """The completion after `tokens`: all tokens generated so far, beginning with those of the last call."""
@@ -85,7 +85,7 @@ class CompletionReader:
             tokens[: self._count],
             self._finish_reason,
             logprobs and logprobs[: self._count],
-            self._error if self._finish_reason == "error" else None,
+            self._overflow() if self._finish_reason == "error" else None,
         )
 
     def _add(self, token: int) -> str:
@@ -112,3 +112,10 @@ class CompletionReader:
         """Length of the longest end of `text` that may be the beginning of a stop string."""
         lengths = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
         return max(lengths, default=0)
+
+    def _overflow(self) -> str:
+        """What to say if the model gave logits that are not finite, and so no token."""
+        problem = f"the model's activations are no finite numbers in {self._dtype}"
+        if self._dtype == "float16":
+            return f"{problem}, whose largest is 65504; load it with dtype='bfloat16' or 'float32'"
+        return f"{problem}; its weights may be damaged or of another model"

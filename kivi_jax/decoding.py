@@ -12,7 +12,7 @@ from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.state import KVState
 from kivi_jax.model import Params, jit_of_params
 from kivi_jax.sampling import Sampler
-from kivi_jax.steps import append_token, init_state, prefill_in_chunks
+from kivi_jax.steps import append_token, new_state, prefill_in_chunks
 
 # In place of the token of a row whose activations overflowed.
 NO_TOKEN = -1
@@ -74,8 +74,9 @@ def start_decoding(
 
     Row i continues prompt i, or prompt `prompt_rows[i]`: several rows can share a prompt that is prefilled once.
     """
-    state = init_state(params, tokens.shape[0], capacity, kv)
-    partition = params.partition(tokens.shape[0])
+    batch = tokens.shape[0]
+    partition = params.partition(batch)
+    state = new_state(params, partition, batch, capacity, kv)
     logits, state = prefill_in_chunks(params, partition, tokens, lengths, state, prefill_chunk)
     seen = seen_tokens(params, tokens, lengths, sampler)
     if prompt_rows is not None:

@@ -160,7 +160,13 @@ def stream(
     stops, end_tokens = read_stops(params, settings)
     listed = _list_prompts(prompts)
     ids = encode(params, listed, chat_template)
-    _check_positions(params, max(map(len, ids), default=0), settings.max_new_tokens)
+    longest = max(map(len, ids), default=0)
+    if longest + settings.max_new_tokens > params.config.max_positions:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens {settings.max_new_tokens} exceed the model's "
+            f"{params.config.max_positions} positions; shorten the prompt or lower max_new_tokens, or, "
+            f"if the model was tuned for longer texts, load it with max_positions"
+        )
     if not ids:
         return iter([[]])
     devices = 1 if params.mesh is None else params.mesh.shape.get(DATA_AXIS, 1)
@@ -173,7 +179,7 @@ def stream(
             params.tokenizer,
             stops,
             settings.max_new_tokens,
-            error=_overflow(params),
+            params.dtype.name,
         )
         for prompt, tokens in zip(listed, ids, strict=True)
         for _ in range(samples)
@@ -182,24 +188,6 @@ def stream(
     if settings.n is None:
         return steps
     return ([step[row : row + samples] for row in range(0, len(step), samples)] for step in steps)
-
-
-def _check_positions(params: Params, longest: int, max_new_tokens: int) -> None:
-    if longest + max_new_tokens > params.config.max_positions:
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's "
-            f"{params.config.max_positions} positions; shorten the prompt or lower max_new_tokens, or, "
-            f"if the model was tuned for longer texts, load it with max_positions"
-        )
-
-
-def _overflow(params: Params) -> str:
-    """What is said of a row whose logits are no finite numbers."""
-    dtype = params.dtype.name
-    problem = f"the model's activations are no finite numbers in {dtype}"
-    if dtype == "float16":
-        return f"{problem}, whose largest is 65504; load it with dtype='bfloat16' or 'float32'"
-    return f"{problem}; its weights may be damaged or of another model"
 
 
 def _list_prompts(prompts: Prompts) -> list[Any]:

@@ -30,8 +30,13 @@ def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "
         ValueError: `kv` is unknown or does not fit the model, or `batch` or `capacity` is no positive whole number.
     """
     batch, capacity = read_size("batch", batch), read_size("capacity", capacity)
+    config = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
+    return new_state(params, params.partition(batch), batch, capacity, config)
+
+
+def new_state(params: Params, partition: Partition, batch: int, capacity: int, config: KVConfig) -> KVState:
+    """`init_state` with sizes and a configuration that are known to fit."""
     model = params.config
-    config = resolve_kv(kv, model.head_dim, model.num_layers)
     shape = (
         model.num_layers,
         batch,
@@ -42,9 +47,7 @@ def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "
         params.dtype,
         model.sliding_windows,
     )
-    if params.mesh is None:
-        return empty_state(*shape)
-    return empty_state_on_mesh(params.partition(batch), *shape)
+    return empty_state(*shape) if partition.mesh is None else empty_state_on_mesh(partition, *shape)
 
 
 @jit_of_params
@@ -172,7 +175,7 @@ def insert_prompts(
     if prefill_chunk is None or tokens.shape[1] <= prefill_chunk:
         logits, layers = _fill_rows(params, partition, tokens, lengths, state.layers, first_row)
     else:  # which goes over all rows of a state
-        own = init_state(params, lengths.size, state.capacity, state.config)
+        own = new_state(params, partition, lengths.size, state.capacity, state.config)
         logits, own = prefill_in_chunks(params, partition, tokens, lengths, own, prefill_chunk)
         layers = tuple(
             layer.put_rows(rows, first_row) for layer, rows in zip(state.layers, own.layers, strict=True)

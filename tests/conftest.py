@@ -22,6 +22,13 @@ def pytest_report_header() -> str:
     return f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, backend {jax.default_backend()}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_programs_of_other_modules():
+    """Every program that JAX keeps costs a process some mappings of memory, of which Linux allows 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For tests whose machine code takes seconds to make and runs for milliseconds."""

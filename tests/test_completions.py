@@ -65,7 +65,7 @@ def test_half_a_character_hides_no_stop_string(text):
     tokenizer = load_tokenizer(str(DEMO_FOLDER))
     context, tokens = tokenizer.encode("of "), tokenizer.encode(text)
     assert "\ufffd" in tokenizer.decode(tokens[: len(tokenizer.encode("the items ")) + 1])
-    reader = CompletionReader(context, (), str(DEMO_FOLDER), ("items 🎉",), max_new_tokens=len(tokens))
+    reader = CompletionReader(context, (), str(DEMO_FOLDER), ("items 🎉",), len(tokens), "float32")
     shown = [reader.read(tokens[:count]).text for count in range(1, len(tokens) + 1)]
     assert shown[-1] == text.partition("items 🎉")[0]
     assert all(shown[-1].startswith(partial) for partial in shown)
@@ -121,7 +121,7 @@ def test_completions_do_not_depend_on_the_steps(fallback, kind):
             if places := [shown.find(stop) for stop in stops if stop in shown]:
                 expected, tokens, reason = shown[: min(places)], tokens[:count], "stop"
                 break
-        settings = (context, (end,), folder, stops, len(written))
+        settings = (context, (end,), folder, stops, len(written), "float32")
         whole = CompletionReader(*settings).read(written)
         assert (whole.text, whole.tokens, whole.finish_reason) == (expected, tokens, reason)
         steps = in_steps(CompletionReader(*settings), written, generator)
