@@ -3,21 +3,28 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+LONG := interpreted or compiled or training
 
 # $(call require_python,INTERPRETER,ADVICE)
 require_python = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	{ echo "kivi-jax needs Python 3.11 or newer, which $(1) ($$($(1) --version 2>&1 | head -n 1)) is not; $(2)" >&2; exit 1; }
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "Each installs what it needs into $(VENV); PYTHON= and VENV= choose another interpreter and folder."
 
 demo: $(RUNTIME) ## generate with the demo model from a 16-bit and a 2-bit cache
 	$(BIN)/python -m scripts.demo $(ARGS)
 
-test: $(DEV) ## run the tests; ARGS="-k name" passes options to pytest
+test: $(DEV) ## run the tests of every module, in minutes; ARGS="-k name" passes options to pytest
+	$(PYTEST) -m "not ($(LONG))" $(ARGS)
+
+test-long: $(DEV) ## run the others: kernels interpreted, and compiled for TPUs and GPUs; training
 	-@$(BIN)/python -m tools.offline.gpu_wheels
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	$(PYTEST) -m "$(LONG)" $(ARGS)
+
+test-all: test test-long ## run all tests
 
 lint: $(DEV) ## check style and formatting
 	$(BIN)/ruff check
@@ -25,6 +32,7 @@ lint: $(DEV) ## check style and formatting
 
 types: $(DEV) ## check types
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_calls.py
 
 format: $(DEV) ## format, and fix what can be fixed
 	$(BIN)/ruff check --fix
@@ -49,4 +57,4 @@ define install
 $(BIN)/python -m pip install --quiet --editable '$(1)'
 endef
 
-.PHONY: help demo test lint types format
+.PHONY: help demo test test-long test-all lint types format

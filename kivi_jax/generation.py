@@ -50,6 +50,20 @@ def generate(
 
 
 @overload
+def generate(  # type: ignore[overload-overlap]
+    params: Params,
+    prompts: Single,
+    kv: str | KVConfig = ...,
+    settings: None = ...,
+    *,
+    n: int,
+    chat_template: str | None = ...,
+    prefill_chunk: int | None = ...,
+    **options: Unpack[GenerationOptions],
+) -> list[Completion]: ...
+
+
+@overload
 def generate(
     params: Params,
     prompts: Sequence[Prompt],
