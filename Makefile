@@ -11,7 +11,7 @@ require_python = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/d
 	{ echo "kivi-jax needs Python 3.11 or newer, which $(1) ($$($(1) --version 2>&1 | head -n 1)) is not; $(2)" >&2; exit 1; }
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo "Each installs what it needs into $(VENV); PYTHON= and VENV= choose another interpreter and folder."
 
 demo: $(RUNTIME) ## generate with the demo model from a 16-bit and a 2-bit cache
