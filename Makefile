@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
-LONG := interpreted or compiled or training
+LONG := interpreted or compiled or training or exhaustive
 
 # $(call require_python,INTERPRETER,ADVICE)
 require_python = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -20,7 +20,7 @@ demo: $(RUNTIME) ## generate with the demo model from a 16-bit and a 2-bit cache
 test: $(DEV) ## run the tests of every module, in minutes; ARGS="-k name" passes options to pytest
 	$(PYTEST) -m "not ($(LONG))" $(ARGS)
 
-test-long: $(DEV) ## run the others: kernels interpreted, and compiled for TPUs and GPUs; training
+test-long: $(DEV) ## run the others: kernels interpreted, and compiled for TPUs and GPUs; training; more shapes
 	-@$(BIN)/python -m tools.offline.gpu_wheels
 	$(PYTEST) -m "$(LONG)" $(ARGS)
 

@@ -1,6 +1,7 @@
 """Checks the shapes in kivi_jax's annotations at run time, and has the models that several tests share."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
@@ -11,6 +12,13 @@ import jaxlib
 import jaxtyping
 import pytest
 from tokenizers import Tokenizer, models
+
+# Modules and workers, and the next run, share what is compiled in these processes. Those that tests start don't: what
+# they measure of a compilation would be gone.
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_compilation_cache_max_size", 2**30)
 
 jaxtyping.install_import_hook("kivi_jax", "beartype.beartype")
 

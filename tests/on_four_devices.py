@@ -136,6 +136,7 @@ def test_equals_one_device(family, mesh, batch, part):
         assert held == part * sum(kv_bytes(layer) for layer in state.layers)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("family", "mesh"), [(llama(4, 4), BOTH), (llama(8, 2), MODEL)], ids=name)
 def test_kernel_on_a_mesh(family, mesh):
     """The TPU kernel, interpreted, on the same state as XLA."""
@@ -176,6 +177,7 @@ def test_the_loop_is_compiled_once(caplog):
     assert sum("Compiling jit(continue_decoding)" in message for message in compiled) == 1
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("kv", ["kivi2", "bf16"])
 @pytest.mark.parametrize(("mesh", "kv_heads"), [(MODEL, 4), (BOTH, 4), (MODEL, 2)], ids=name)
 def test_decode_loop_exchanges_no_keys_or_values(mesh, kv_heads, kv):

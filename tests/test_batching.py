@@ -12,6 +12,7 @@ from kivi_jax.steps import insert_prompts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+SAMPLED = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
 RAGGED = [[5, 6], [i % 101 for i in range(1, 700)], [7] * 100, [9], list(range(90, 0, -1)), [3, 2, 1]]
 
 

@@ -11,6 +11,7 @@ import pytest
 import kivi_jax
 from kivi_jax import KVConfig
 from kivi_jax.loop import random_key
+from tests.further import further
 from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -47,7 +48,7 @@ def step_by_step_logprobs(params, prompt, kv, tokens):
     return logits[np.arange(len(tokens)), tokens] - np.log(np.exp(logits).sum(-1))
 
 
-@pytest.mark.parametrize("kv", ["bf16", "kivi4", "kivi-k4v2", KVConfig(2, 2, 32, 32)], ids=str)
+@pytest.mark.parametrize("kv", ["bf16", further("kivi4"), "kivi-k4v2", KVConfig(2, 2, 32, 32)], ids=str)
 def test_batch_equals_each_row_alone_step_by_step(tiny, kv):
     completions = kivi_jax.generate(tiny, PROMPTS, kv, max_new_tokens=40)
     for prompt, completion in zip(PROMPTS, completions, strict=True):

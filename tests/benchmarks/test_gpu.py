@@ -50,6 +50,7 @@ def smoke(tmp_path_factory):
     return Results.read(out / "smoke-cpu.json"), run
 
 
+@pytest.mark.interpreted
 def test_smoke_measures_every_part(smoke):
     results, _ = smoke
     plan = SMOKE
@@ -84,6 +85,7 @@ def test_smoke_measures_every_part(smoke):
         assert record["tokens_per_second"] == pytest.approx(24 * record["batch"] / seconds)
 
 
+@pytest.mark.interpreted
 def test_smoke_writes_a_page(smoke):
     results, _ = smoke
     page = results.path.with_suffix(".md").read_text()
@@ -108,6 +110,7 @@ def test_smoke_writes_a_page(smoke):
     ]
 
 
+@pytest.mark.interpreted
 def test_what_was_measured_is_not_measured_again(smoke):
     results, run = smoke
     run()
@@ -118,6 +121,7 @@ def test_what_was_measured_is_not_measured_again(smoke):
     assert len(resumed.runs) == 2
 
 
+@pytest.mark.interpreted
 def test_no_time_measures_nothing(smoke, tmp_path, capsys):
     _, run = smoke
     run(out=tmp_path, minutes=0.4)

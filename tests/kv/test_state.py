@@ -12,6 +12,7 @@ from kivi_jax.kv import KVConfig, buffers, dequantize_keys, dequantize_values, k
 from kivi_jax.kv import state as kv_state
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import advance, empty_state
+from tests.further import further
 from tools.oracle.numpy_kivi import fake_quantize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -47,7 +48,7 @@ def fill(config, k, v, lengths, until):
     return state
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [further(32), 64, 128])
 @pytest.mark.parametrize(
     "config", [KVConfig(2, 2, 32, 32), KVConfig(4, 2, 32, 96), KVConfig(2, 4, 32, 64)], ids=str
 )
@@ -161,7 +162,7 @@ def test_flush_works_on_the_due_rows_only():
     assert "stablehlo.round_nearest_even" not in compiled.partition("stablehlo.while")[0]
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [further(32), 64, further(128)])
 @pytest.mark.parametrize(
     ("config", "window"),
     [
@@ -171,7 +172,7 @@ def test_flush_works_on_the_due_rows_only():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("at_once", [2, 3, 8])
+@pytest.mark.parametrize("at_once", [further(2), 3, further(8)])
 def test_rows_flushed_together_are_flushed_as_one_by_one(config, window, head_dim, at_once):
     """Some rows are due, whose blocks go to other slots, and there are fewer than a turn takes or more."""
     residual = config.residual_length

@@ -17,6 +17,7 @@ import kivi_jax
 from kivi_jax import KVConfig
 from kivi_jax.kv.config import resolve_kv
 from scripts.parity_report import GOLDENS, logits_alone, read_golden
+from tests.further import further
 from tools.oracle.dequantized import attend_decoded, decode_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -24,12 +25,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAMES = [
     "llama_gqa",
     "mistral_window",  # both layers within a window of 48
+    "falcon_rw",  # ALiBi
+]
+FURTHER = [
     "qwen2",
     "qwen3_bias",  # one layer within a window of 32; head_dim 64
     "falcon_7b",  # head_dim 64
     "falcon_40b",
-    "falcon_rw",  # ALiBi
 ]
+EVERY = [*NAMES, *map(further, FURTHER)]
 PRESETS = ["kivi2", "kivi4", "kivi-k4v2"]
 # Flushes and windows that wrap within few tokens.
 SHORT = KVConfig(2, 2, group_size=32, residual_length=32)
@@ -169,8 +173,10 @@ def assert_follows_oracle(logits, expected):
     assert nmse.max() <= NMSE, f"row and step {np.unravel_index(nmse.argmax(), nmse.shape)}: {nmse.max()}"
 
 
-@pytest.mark.parametrize("kv", [*PRESETS, SHORT], ids=["kivi2", "kivi4", "k4v2", "short"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "kv", ["kivi2", further("kivi4"), further("kivi-k4v2"), SHORT], ids=["kivi2", "kivi4", "k4v2", "short"]
+)
+@pytest.mark.parametrize("name", EVERY)
 def test_prompts_around_the_residual_length_and_steps(name, kv):
     """1, R − 1, R, R + 1 and 2R − 10 tokens in one batch, with a short R also 1,500, and steps that flush some rows."""
     logits, expected = run(name, kv)
@@ -189,7 +195,7 @@ def divergence(logits, reference):
     return float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_more_bits_come_closer(name):
     """The prefill does not tell caches apart, and steps do by their bits, where a row has anything quantized."""
     exact, expected = run(name, "bf16", residual=128)
@@ -205,7 +211,7 @@ def test_more_bits_come_closer(name):
 
 
 @pytest.mark.parametrize("kv", ["bf16", SHORT], ids=["bf16", "short"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_row_does_not_depend_on_its_neighbours(name, kv):
     params, text = load(name), texts(name, 128 if kv == "bf16" else 32)
     together, _ = run(name, kv, residual=128 if kv == "bf16" else 32)
@@ -225,8 +231,13 @@ def test_row_does_not_depend_on_its_neighbours(name, kv):
 
 @pytest.mark.parametrize(
     ("name", "kv"),
-    [(name, kv) for name in NAMES for kv in PRESETS]
-    + [("llama_gqa", "kivi2-sinks"), ("llama_gqa", "kivi2-edges")],
+    [
+        *((name, "kivi2") for name in NAMES),
+        *(further(name, kv) for name in NAMES for kv in PRESETS[1:]),
+        *(further(name, kv) for name in FURTHER for kv in PRESETS),
+        ("llama_gqa", "kivi2-sinks"),
+        ("llama_gqa", "kivi2-edges"),
+    ],
 )
 def test_generates(name, kv):
     """Greedy completions, with the log-probabilities of the model without a state for the same tokens: exactly while
@@ -255,7 +266,7 @@ def test_generates(name, kv):
 
 
 @pytest.mark.parametrize("kv", ["bf16", SHORT], ids=["bf16", "short"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_chunks(name, kv):
     """A conversation of ragged turns follows the oracle; without quantization it is also one prompt.
 

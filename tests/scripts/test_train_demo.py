@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import kivi_jax
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.training
 def test_training_resumes_and_exports_a_loadable_model(tmp_path):
     checkpoints, folder = tmp_path / "checkpoints", tmp_path / "model"
 

@@ -75,6 +75,7 @@ def test_xla_is_xla_everywhere():
         assert GPU_KERNEL not in lower("cuda", *arguments(), implementation="xla").as_text()
 
 
+@pytest.mark.compiled
 def test_each_platform_has_its_own_limits():
     half = arguments(dtype=jnp.float16)
     assert KERNEL not in lower("tpu", *half).as_text()
@@ -111,6 +112,7 @@ def on_a_tpu(monkeypatch):
     jax.clear_caches()  # it warns while tracing
 
 
+@pytest.mark.compiled
 @pytest.mark.usefixtures("on_a_tpu")
 def test_auto_warns_once_of_what_the_kernel_does_not_take():
     with warnings.catch_warnings(record=True) as caught:
@@ -122,6 +124,7 @@ def test_auto_warns_once_of_what_the_kernel_does_not_take():
     assert "float32" in str(warning.message)
 
 
+@pytest.mark.compiled
 @pytest.mark.usefixtures("on_a_tpu")
 def test_unquantized_layers_are_not_the_kernels_business():
     with warnings.catch_warnings():
@@ -166,6 +169,7 @@ def test_heads_of_one_kv_head(kv, new):
     np.testing.assert_allclose(part, whole[:, :, 4:6], atol=1e-6)
 
 
+@pytest.mark.interpreted
 def test_params_choose_for_the_decode_loop(tmp_path):
     """The whole loop with each kernel interpreted, token by token as with XLA but for near ties."""
     folder = write_checkpoint(tmp_path, head_dim=64, num_hidden_layers=1)

@@ -11,6 +11,7 @@ from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import xla
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 from kivi_jax.pallas_kernels.heads import Heads
+from tests.further import further
 from tools.oracle.numpy_kivi import KiviLists, softmax_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -83,7 +84,7 @@ def store_chunk(layer, k, v, lengths, counts):
     return jax.jit(type(layer).append_chunk)(layer, k, v, lengths, counts)
 
 
-@pytest.mark.parametrize("sliding_window", [None, 20, 33, 48, 150])
+@pytest.mark.parametrize("sliding_window", [None, further(20), 33, further(48), further(150)])
 @pytest.mark.parametrize(
     "config",
     [

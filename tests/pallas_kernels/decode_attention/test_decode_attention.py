@@ -12,12 +12,20 @@ from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.pallas_kernels.decode_attention import xla
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
+from tests.further import further
 from tools.oracle import decode_attention as decode_oracle
 from tools.oracle.decode_attention import stored
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-HEADS = [(32, 32, 128), (32, 8, 128), (64, 8, 128), (71, 1, 64), (8, 4, 256), (6, 2, 96)]
+HEADS = [
+    (32, 8, 128),
+    (71, 1, 64),
+    further(32, 32, 128),
+    further(64, 8, 128),
+    further(8, 4, 256),
+    (6, 2, 96),
+]
 
 check = functools.partial(decode_oracle.check, decode_attention)
 exactly = functools.partial(check, dtype=jnp.float32, nmse=1e-10)

@@ -25,10 +25,13 @@ from tools.offline.decode_programs import Attention, loop_state
 from tools.offline.gpu_compiler import GPUS, CompiledForGPU, compile_programs
 from tools.offline.gpu_programs import ATTEND, MERGE, tile_loop
 
-pytestmark = pytest.mark.skipif(
-    not gpu_wheels.installed(),
-    reason="what compiles for GPUs is not installed; see tools/offline/gpu_wheels.py",
-)
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(
+        not gpu_wheels.installed(),
+        reason="what compiles for GPUs is not installed; see tools/offline/gpu_wheels.py",
+    ),
+]
 
 KERNELS = {
     "llama-3": Attention(32, 8, 128),

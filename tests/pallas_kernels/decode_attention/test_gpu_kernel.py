@@ -25,6 +25,7 @@ decode_attention = functools.partial(gpu.decode_attention, interpret=True)
 check = functools.partial(decode_oracle.check, decode_attention)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("query_heads", "heads", "head_dim"), [(32, 32, 128), (32, 8, 128), (64, 8, 128), (71, 1, 64)]
 )
@@ -36,6 +37,7 @@ def test_shapes(query_heads, heads, head_dim):
     check(KIVI2, query_heads, heads, head_dim, lengths, capacity=1700)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("config", "head_dim"),
     [
@@ -56,6 +58,7 @@ def test_configs(config, head_dim):
     check(config, 4, 2, head_dim, edges(residual, 256, residual + 640), residual + 640)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("config", "head_dim"), [(KIVI2, 128), (PRESETS["kivi4"], 64), (PRESETS["kivi-k4v2"], 128)], ids=str
 )
@@ -80,6 +83,7 @@ def test_scaled_codes(bits, dtype):
             np.testing.assert_allclose(np.asarray(values, np.float64) * field.unit, exact, rtol=2**-8)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("window", "sinks"), [(20, 0), (128, 5), (300, 0), (5000, 40)])
 def test_sliding_windows_and_sinks(window, sinks):
     """Blocks of windowed layers are a ring, here of up to 10 blocks, which a row of 990 tokens has been around."""
@@ -93,12 +97,14 @@ def test_sinks():
     check(config, 8, 2, 128, [0, 2, 4, 127, 129, 500, 700], capacity=720)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(8, 2, 128), (20, 1, 64)])
 def test_position_biases(query_heads, heads, head_dim):
     slopes = tuple(2.0 ** (-8 * (i + 1) / query_heads) for i in range(query_heads))
     check(KIVI2, query_heads, heads, head_dim, [0, 1, 127, 300, 1021], capacity=1100, slopes=slopes)
 
 
+@pytest.mark.interpreted
 def test_items_of_a_gpu_of_four_programs(monkeypatch):
     """So that an item has many tiles, and not every row as many items."""
     monkeypatch.setattr(gpu_plan, "MULTIPROCESSORS", 1)
@@ -106,6 +112,7 @@ def test_items_of_a_gpu_of_four_programs(monkeypatch):
     check(KIVI2, 4, 1, 128, [2500, 300, 0, 1281], capacity=2560)
 
 
+@pytest.mark.interpreted
 def test_more_items_than_are_merged_at_a_time():
     """One row of 17,000 tokens has 66 packed items."""
     check(KIVI2, 1, 1, 64, [17000], capacity=17024)

@@ -17,9 +17,12 @@ from tools.offline.compiler import Compiled, Program
 from tools.offline.decode_programs import Attention, loop_state
 from tools.offline.tpu_compiler import CHIPS, compile_programs
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed"
-)
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed"
+    ),
+]
 
 KERNELS = {
     "llama-2": Attention(32, 32, 128),

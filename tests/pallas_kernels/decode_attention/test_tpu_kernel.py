@@ -32,6 +32,7 @@ def one_head_at_a_time(monkeypatch):
     monkeypatch.setattr(tpu_plan, "UNIT", 1)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("query_heads", "heads", "head_dim"),
     [(32, 32, 128), (32, 8, 128), (64, 8, 128), (71, 1, 64), (8, 4, 256)],
@@ -43,6 +44,7 @@ def test_shapes(query_heads, heads, head_dim, request):
     check(KIVI2, query_heads, heads, head_dim, [*edges(128, 512, 1700), 1200], capacity=1700)
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("one_head_at_a_time")
 @pytest.mark.parametrize(
     ("config", "head_dim"),
@@ -65,6 +67,7 @@ def test_configs(config, head_dim):
     check(config, 4, 2, head_dim, lengths, capacity=block + 320)
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("one_head_at_a_time")
 @pytest.mark.parametrize("config", [KIVI2, PRESETS["kivi-k4v2"]], ids=str)
 def test_newer_chips(monkeypatch, config):
@@ -74,6 +77,7 @@ def test_newer_chips(monkeypatch, config):
     check(config, 20, 1, 64, [3, 500], capacity=600)
 
 
+@pytest.mark.interpreted
 def test_steps_of_several_spans(monkeypatch):
     """And of one KV head of two, as where two cores share a grid."""
     monkeypatch.setattr(tpu_plan, "_chip", lambda: (4, 2))
@@ -84,6 +88,7 @@ def test_steps_of_several_spans(monkeypatch):
     check(KIVI2, 8, 2, 128, [4499, plan.block + 129, 2 * plan.block + 127, 0], capacity=4500)
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("one_head_at_a_time")
 @pytest.mark.parametrize(("window", "sinks"), [(20, 0), (128, 5), (300, 0), (5000, 5)])
 def test_sliding_windows_and_sinks(window, sinks):
@@ -99,6 +104,7 @@ def test_sinks():
     check(config, 8, 2, 128, [0, 2, 4, 127, 129, 500, 700], capacity=720)
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("one_head_at_a_time")
 @pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(8, 2, 128), (20, 1, 64)])
 def test_position_biases(query_heads, heads, head_dim):
@@ -111,6 +117,7 @@ def test_queries_of_some_kv_heads():
     check_some_kv_heads(decode_attention, KIVI2)
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("one_head_at_a_time")
 def test_places_without_tokens_may_hold_anything():
     """Scales beyond a row's tokens are not numbers here, and codes any."""
