@@ -31,6 +31,7 @@ from kivi_jax.decoding import start_decoding
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.models.registry import Config
 from kivi_jax.sampling import Greedy
+from kivi_jax.steps import PREFILL_TOKENS
 from tools.offline.abstract_models import MODELS, abstract_decoding, abstract_params, model_type
 
 GIB = 2**30

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from kivi_jax.kv.layer import Layer
 from kivi_jax.kv.state import KVState, empty_state
 from kivi_jax.models.registry import Config
 from kivi_jax.models.sharding import DATA_AXIS, MODEL_AXIS
+from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.heads import Heads
 
 
@@ -59,13 +60,13 @@ class Partition:
         layer: Layer,
     ) -> tuple[Float[Array, "B T Hq D"], Layer]:
         """`function(q, k, v, layer, heads, *per_row)`, which attends and stores, on each device's part of them."""
+        slopes = None if self.alibi_slopes is None else np.asarray(self.alibi_slopes, np.float32)
         if self.mesh is None:
-            return function(q, k, v, layer, Heads(self.alibi_slopes), *per_row)
-        slopes = None if self.alibi_slopes is None else jnp.asarray(self.alibi_slopes, jnp.float32)
+            return function(q, k, v, layer, Heads(slopes), *per_row)
         shared = q.shape[2] // k.shape[2]
 
         def on_device(
-            slopes: Array | None, q: Array, k: Array, v: Array, layer: Layer, *per_row: Array
+            slopes: Slopes | None, q: Array, k: Array, v: Array, layer: Layer, *per_row: Array
         ) -> tuple[Array, Layer]:
             heads = Heads(slopes)
             if self.query_heads != self.kv_heads:

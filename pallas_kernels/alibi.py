@@ -1,13 +1,12 @@
 """Linear position biases of attention scores (ALiBi, Press et al. 2022)."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-Slopes = Sequence[float] | Float[Array, " Hq"]
+Slopes = Float[Array | np.ndarray, " Hq"]
 
 
 def alibi_bias(slopes: Slopes, tokens: Int[Array, "*batch T"], head_dim: int) -> Float[Array, "*batch Hq T"]:

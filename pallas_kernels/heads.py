@@ -5,7 +5,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -23,7 +23,7 @@ class Heads:
     on, which is a multiple of `kv_heads`.
 
     Attributes:
-        alibi_slopes: one for each query head, see `alibi_bias`; None for no biases.
+        alibi_slopes: one for each query head, see `alibi_bias`; None for no biases. Any sequence of numbers is taken.
         kv_heads: how many of the KV heads are read; None for all.
         first_kv_head: see `kv_heads`.
     """
@@ -36,7 +36,7 @@ class Heads:
 
     def __post_init__(self) -> None:
         if isinstance(self.alibi_slopes, Sequence):
-            object.__setattr__(self, "alibi_slopes", jnp.asarray(self.alibi_slopes, jnp.float32))
+            object.__setattr__(self, "alibi_slopes", np.asarray(self.alibi_slopes, np.float32))
 
     def of_new(self, x: Float[Array, "B T H D"]) -> Float[Array, "B T kv_heads D"]:
         """The KV heads of new tokens that are read."""

@@ -364,7 +364,7 @@ class QuantizedLayer(Layer):
         return jnp.where(replaced[:, None, :, None], decoded.astype(window_k.dtype), window_k)
 
     def _without_sinks(
-        self, k: Float[Array, "B H T D"], tokens: Int[Array, "T"] | Int[Array, "B T"]
+        self, k: Float[Array, "B H T D"], tokens: Int[Array, " T"] | Int[Array, "B T"]
     ) -> Float[Array, "B H T D"]:
         """Keys of `tokens`, where the first token after the sinks stands in for those in its group, whose range
         theirs would widen. A block that holds sinks begins with token 0.

@@ -73,7 +73,10 @@ class Queries(NamedTuple):
         return split.swapaxes(1, 2).reshape(batch, new, -1, head_dim)
 
     def scores(
-        self, keys: Float[Array, "B H T D"], tokens: Int[Array, "B T"], live: Bool[Array, "B #rows T"]
+        self,
+        keys: Float[Array, "B H T D"],
+        tokens: Int[Array, "B T"],
+        live: Bool[Array, "B #rows T"],  # noqa: F821
     ) -> Float[Array, "B H rows T"]:
         """Of the keys of `tokens`, -inf where they are not `live` or lie outside the sliding window."""
         scores = jnp.einsum(
