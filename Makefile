@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 LONG := interpreted or compiled or training or exhaustive
 
 # $(call require_python,INTERPRETER,ADVICE)
@@ -18,11 +18,11 @@ demo: $(RUNTIME) ## generate with the demo model from a 16-bit and a 2-bit cache
 	$(BIN)/python -m scripts.demo $(ARGS)
 
 test: $(DEV) ## run the tests of every module, in minutes; ARGS="-k name" passes options to pytest
-	$(PYTEST) -m "not ($(LONG))" $(ARGS)
+	$(PYTEST) --dist=worksteal -m "not ($(LONG))" $(ARGS)
 
 test-long: $(DEV) ## run the others: kernels interpreted, and compiled for TPUs and GPUs; training; more shapes
 	-@$(BIN)/python -m tools.offline.gpu_wheels
-	$(PYTEST) -m "$(LONG)" $(ARGS)
+	$(PYTEST) --dist=loadfile -m "$(LONG)" $(ARGS)
 
 test-all: test test-long ## run all tests
 

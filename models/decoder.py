@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from kivi_jax.models.layers import Attend, Embedding, Linear, project
 from kivi_jax.models.rope import inverse_frequencies, rotary_angles
+from kivi_jax.promotion import with_usual_promotion
 
 
 class Decoder(nnx.Module):
@@ -36,6 +37,7 @@ class Decoder(nnx.Module):
         if not config.tied_head:
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
 
+    @with_usual_promotion
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -55,6 +57,7 @@ class Decoder(nnx.Module):
             new_layers_kv.append(layer_kv)
         return self.norm(x), tuple(new_layers_kv)
 
+    @with_usual_promotion
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Next-token logits, float32."""
         kernel = self.embed.embedding if self.config.tied_head else self.head.kernel

@@ -13,6 +13,8 @@ import jaxtyping
 import pytest
 from tokenizers import Tokenizer, models
 
+# Machine code of tests takes seconds to make and runs for milliseconds.
+jax.config.update("jax_disable_most_optimizations", True)
 # Modules and workers, and the next run, share what is compiled in these processes. Those that tests start don't: what
 # they measure of a compilation would be gone.
 jax.config.update("jax_enable_compilation_cache", True)
@@ -37,13 +39,12 @@ def _no_programs_of_other_modules():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For tests whose machine code takes seconds to make and runs for milliseconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture
+def optimized():
+    """For tests of what the compiler makes of a program."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import abstract_model
 from kivi_jax.partition import make_partition
 from kivi_jax.steps import decode_step
+from tests.further import further
 from tools.offline.abstract_models import abstract_decoding, abstract_params
 
 MODEL = Mesh(jax.devices(), ("model",))
@@ -109,11 +110,11 @@ def test_what_is_split(heads, mesh, batch, split):
     ("family", "mesh", "batch", "part"),
     [
         (llama(4, 4), MODEL, 2, 1 / 4),
-        (llama(8, 4), BOTH, 4, 1 / 4),
+        further(llama(8, 4), BOTH, 4, 1 / 4),
         (llama(8, 2), MODEL, 2, 1),  # as Llama 3 on 16: a device's query heads read one KV head
         (llama(8, 2), BOTH, 3, 1 / 2),  # three rows are no multiple of two
-        (falcon(5, 1), MODEL, 2, 1),  # as Falcon 7B's 71 heads
-        (falcon(4, 4, alibi=True), MODEL, 2, 1 / 4),
+        further(falcon(5, 1), MODEL, 2, 1),  # as Falcon 7B's 71 heads
+        further(falcon(4, 4, alibi=True), MODEL, 2, 1 / 4),
         (falcon(8, 2, alibi=True, num_norms=2), MODEL, 2, 1),
     ],
     ids=name,

@@ -9,8 +9,7 @@ import kivi_jax
 from kivi_jax import KVConfig, loop
 from kivi_jax.batching import PromptBatch, bucket
 from kivi_jax.steps import insert_prompts
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from tests.further import further
 
 SAMPLED = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
 RAGGED = [[5, 6], [i % 101 for i in range(1, 700)], [7] * 100, [9], list(range(90, 0, -1)), [3, 2, 1]]
@@ -23,8 +22,16 @@ def test_prompts_of_n_samples_are_prefilled_once():
     assert batch.samples.tolist() == [0, 1, 2] * 5 + [0]
 
 
-@pytest.mark.parametrize("prefill_chunk", [None, 64])
-@pytest.mark.parametrize("kv", ["bf16", KVConfig(2, 2, 32, 32)], ids=str)
+@pytest.mark.parametrize(
+    ("kv", "prefill_chunk"),
+    [
+        ("bf16", 64),
+        (KVConfig(2, 2, 32, 32), None),
+        further("bf16", None),
+        further(KVConfig(2, 2, 32, 32), 64),
+    ],
+    ids=str,
+)
 def test_prompts_of_unlike_lengths_are_prefilled_in_groups(tiny, monkeypatch, kv, prefill_chunk):
     """No more than 1.6 times their tokens is run, and each gets what it gets alone, in the order of the prompts."""
     run = []

@@ -15,8 +15,6 @@ from kivi_jax.text import load_tokenizer
 from tests.fallback_tokenizer import PIECES, beyond, byte_fallback, byte_tokens, fallback_text
 from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_text_continues_the_prompt(tmp_path):
     """Tokenizers that strip the first space of what they decode don't lose the one after the prompt."""

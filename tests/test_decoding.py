@@ -12,6 +12,7 @@ import kivi_jax
 from benchmarks.memory import decode_loop_memory
 from kivi_jax import KVConfig
 from kivi_jax.steps import PREFILL_TOKENS
+from tests.further import further
 from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint
 from tools.offline.abstract_models import MODELS
 from tools.oracle.dequantized import read_codes
@@ -137,6 +138,7 @@ def test_prefill_in_groups_equals_each_group_alone(tiny, kv):
                 np.testing.assert_allclose(leaf[rows], expected_leaf, atol=1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kv", ["bf16", "kivi2"])
 def test_memory_of_prefill_does_not_grow_with_the_batch(tiny, kv):
     """Beyond its arguments and results it is that of one group of rows."""
@@ -153,6 +155,7 @@ def test_memory_of_prefill_does_not_grow_with_the_batch(tiny, kv):
     assert temporaries(64) < 1.1 * temporaries(8)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kv", ["bf16", "kivi2"])
 def test_memory_of_prefill_does_not_grow_with_the_layers(tmp_path, kv):
     """Also of a prompt whose queries are attended some at a time: no layer leaves a buffer behind."""
@@ -210,6 +213,7 @@ def test_types_of_64_bits_change_no_token(tiny):
     assert [completion.tokens for completion in wide] == tokens
 
 
+@pytest.mark.usefixtures("optimized")
 def test_chunk_updates_the_state_in_place(tiny):
     """Compiled with a donated state, a chunk's temporaries don't grow with the capacity."""
 
@@ -272,7 +276,7 @@ def row_of(run, row):
     return jax.tree.map(lambda leaf: leaf[row : row + 1], run)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "kivi4", "kivi2", KVConfig(2, 2, 32, 32)], ids=str)
+@pytest.mark.parametrize("kv", ["bf16", further("kivi4"), "kivi2", KVConfig(2, 2, 32, 32)], ids=str)
 def test_row_does_not_depend_on_its_neighbours(tiny, kv):
     tokens, lengths = ragged_prompts([1, 31, 32, 33, 127, 128, 129, 300])
     following = np.random.default_rng(3).integers(0, TINY["vocab_size"], (len(lengths), 40), np.int32)
@@ -339,6 +343,7 @@ def test_step_takes_one_token_a_row(tiny, shape, monkeypatch):
         kivi_jax.decode_step(tiny, jnp.zeros(shape, jnp.int32), state)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kv", ["kivi2", "bf16"])
 def test_decode_loop_updates_the_state_in_place(kv):
     """Llama 3.2 1B in shape: temporaries are a small part of the state, and all of the state is aliased."""

@@ -14,8 +14,6 @@ from kivi_jax.loop import random_key
 from tests.further import further
 from tests.tiny_checkpoint import write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPTS = [[1, 2, 3], list(range(40)), [7] * 130, list(range(100, 0, -1))]
 SAMPLED = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
 

@@ -13,8 +13,6 @@ from kivi_jax.checkpoints.load import DEMO_FOLDER
 from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.sampling import Greedy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPTS = [[1, 2, 3], list(range(40)), [7] * 130, list(range(100, 0, -1))]
 
 

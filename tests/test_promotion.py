@@ -15,8 +15,6 @@ from kivi_jax.request import GenerationSettings
 from kivi_jax.sampling import make_sampler
 from tests.tiny_checkpoint import write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SETTINGS = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
 SETTINGS |= {"prefill_chunk": 64, "logprobs": True, "n": 2, "seed": 2**40, "max_new_tokens": 3}
 

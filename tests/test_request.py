@@ -9,8 +9,6 @@ import kivi_jax
 from kivi_jax import GenerationSettings
 from kivi_jax.request import GenerationOptions, make_settings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_every_setting_is_an_option_too():
     fields = {field.name for field in dataclasses.fields(GenerationSettings)}

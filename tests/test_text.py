@@ -16,8 +16,6 @@ from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.text import encode, load_tokenizer
 from tests.tiny_checkpoint import TINY, write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

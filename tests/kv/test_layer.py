@@ -15,7 +15,6 @@ from tools.oracle.dequantized import decode_state
 LENGTHS = jnp.asarray([0, 1, 40, 150])
 CAPACITY, HEADS, HEAD_DIM = 160, 2, 32
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 storages = pytest.mark.parametrize(
     ("config", "sliding_window"),
     [

@@ -15,8 +15,6 @@ from kivi_jax.kv.state import advance, empty_state
 from tests.further import further
 from tools.oracle.numpy_kivi import fake_quantize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HEADS = 2
 
 

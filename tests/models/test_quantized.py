@@ -20,8 +20,6 @@ from scripts.parity_report import GOLDENS, logits_alone, read_golden
 from tests.further import further
 from tools.oracle.dequantized import attend_decoded, decode_state
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NAMES = [
     "llama_gqa",
     "mistral_window",  # both layers within a window of 48

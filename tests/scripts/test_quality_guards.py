@@ -7,6 +7,8 @@ import pytest
 import kivi_jax
 from scripts.quality_guards import OPTIONS, SCENARIOS, damages, random_texts, write_model
 
+pytestmark = pytest.mark.exhaustive
+
 COMPARED = ("kivi4", "kivi-k4v2", "kivi2", "kivi2-sinks", "kivi2-edges")
 
 

@@ -14,8 +14,6 @@ from kivi_jax.pallas_kernels.heads import Heads
 from tests.further import further
 from tools.oracle.numpy_kivi import KiviLists, softmax_attention
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Tokens that each of four rows gets at a time: a prompt, chunks of up to three windows, then one by one.
 PROMPT = [1, 31, 40, 100]
 CHUNKS = [[100, 1, 0, 60], [0, 32, 64, 100], [31, 33, 96, 1]]
@@ -147,6 +145,7 @@ def test_position_biases(sliding_window):
             np.testing.assert_allclose(out[0], expected[:, tokens].swapaxes(0, 1), atol=2e-6)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_chunk_makes_no_matrix_of_all_scores():
     """Temporaries of 256 tokens over 16k stored ones stay far below all their scores."""
     config = PRESETS["kivi2"]

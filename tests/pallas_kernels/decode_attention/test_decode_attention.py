@@ -16,8 +16,6 @@ from tests.further import further
 from tools.oracle import decode_attention as decode_oracle
 from tools.oracle.decode_attention import stored
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HEADS = [
     (32, 8, 128),
     (71, 1, 64),

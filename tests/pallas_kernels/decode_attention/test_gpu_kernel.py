@@ -18,8 +18,6 @@ from kivi_jax.pallas_kernels.decode_attention import api, gpu, gpu_codes, gpu_pl
 from tools.oracle import decode_attention as decode_oracle
 from tools.oracle.decode_attention import check_some_kv_heads, edges
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KIVI2 = PRESETS["kivi2"]
 decode_attention = functools.partial(gpu.decode_attention, interpret=True)
 check = functools.partial(decode_oracle.check, decode_attention)

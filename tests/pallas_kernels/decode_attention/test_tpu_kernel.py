@@ -19,8 +19,6 @@ from kivi_jax.pallas_kernels.decode_attention import api, tpu, tpu_plan
 from tools.oracle import decode_attention as decode_oracle
 from tools.oracle.decode_attention import check_some_kv_heads, edges, stored
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KIVI2 = PRESETS["kivi2"]
 decode_attention = functools.partial(tpu.decode_attention, interpret=True)
 check = functools.partial(decode_oracle.check, decode_attention)
