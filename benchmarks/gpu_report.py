@@ -147,7 +147,7 @@ def _loop_rows(kinds: tuple[str, ...]) -> Iterator[list[str]]:
 
 
 def passes() -> float:
-    """Of the loop over tiles for `TOKENS`."""
+    """Passes of the loop over tiles that `TOKENS` tokens take."""
     return TOKENS / gpu_plan.TILE
 
 
@@ -220,7 +220,7 @@ def memory_section() -> Iterator[str]:
 
 
 def needed_bytes(program: CompiledForGPU | str) -> int:
-    """Of the device while a program runs.
+    """Bytes of the device that a program needs while it runs.
 
     Raises:
         RuntimeError: it did not compile.

@@ -118,13 +118,13 @@ class Memory:
 
 
 def measure(model: str, kv: str, length: int, chips: str) -> Memory:
-    """Of prompts and completions of `length` tokens together, in the buckets of `generate`."""
+    """The memory for prompts and completions of `length` tokens together, in the buckets of `generate`."""
     return measure_shapes(MODELS[model], KVS[kv], *shapes(length), CHIPS[chips].mesh())
 
 
 @functools.cache
 def measure_shapes(config: Config, kv: str | KVConfig, prompt: int, capacity: int, mesh: Mesh) -> Memory:
-    """Of prompts padded to `prompt` tokens, in a state for `capacity`."""
+    """The memory for prompts padded to `prompt` tokens, in a state for `capacity`."""
     return Memory(
         arrays=line_of_arrays(config, kv, capacity, mesh),
         prefill=needs_of_prefill(config, kv, prompt, mesh),
@@ -133,7 +133,7 @@ def measure_shapes(config: Config, kv: str | KVConfig, prompt: int, capacity: in
 
 
 def line_of_arrays(config: Config, kv: str | KVConfig, capacity: int, mesh: Mesh) -> Line:
-    """Of weights and all that the loop carries, from one layer's state: whole ones would not fit some chips."""
+    """Bytes of the weights and all that the loop carries, from one layer's: whole models would not fit some chips."""
     weights = array_bytes(abstract_params(model_type(config), config, DTYPE, mesh), mesh)
     one_layer = shallow(config, mesh)
     carried = []
@@ -145,7 +145,7 @@ def line_of_arrays(config: Config, kv: str | KVConfig, capacity: int, mesh: Mesh
 
 
 def needs_of_prefill(config: Config, kv: str | KVConfig, prompt: int, mesh: Mesh) -> Line:
-    """Of two groups of rows. With the batch only the logits grow, which are float32."""
+    """What two groups of rows need. Only the logits, which are float32, grow with the batch."""
     params = shallow(config, mesh)
     batch = 2 * max(PREFILL_TOKENS // prompt, 1)
     arrays = array_bytes((params, abstract_decoding(params, batch, prompt, kv, NEW_TOKENS)), mesh)
@@ -208,7 +208,7 @@ def peak_of_prefill(
 
 
 def array_bytes(tree: Any, mesh: Mesh) -> float:
-    """Of one device, as its compiler lays the arrays out."""
+    """Bytes on one device, as its compiler lays the arrays out."""
     nothing = jax.jit(_nothing, keep_unused=True).trace(tree)
     compiled = nothing.lower(lowering_platforms=(platform(mesh),)).compile()
     return float(compiled.memory_analysis().argument_size_in_bytes)

@@ -69,7 +69,7 @@ SHAPES = {
     "8 on 4 heads of 256": (8, 4, 256),
 }
 BITS = {"kivi2": 2, "kivi4": 4}
-# Of the projection: those of `SHAPES` as whole models, and rows × tokens of each.
+# What the projection covers: the models of `SHAPES`, each with rows × tokens.
 MODELS = {
     "Llama 2 7B": abstract_models.MODELS["llama-2-7b"],
     "Llama 3 8B": abstract_models.MODELS["llama-3-8b"],
@@ -99,7 +99,7 @@ class Cost:
 
     @classmethod
     def of(cls, plan: Plan, schedule: Schedule) -> "Cost":
-        """With the tokens and heads of a pass from the kernel's own plan."""
+        """The cost by a schedule; the kernel's own plan tells the tokens and heads of a pass."""
         loop = schedule.main_loop
         passes = TOKENS / (plan.span * plan.unroll)
         # The kernel is a pipeline: the first score and the last weighting are outside of the main loop.

@@ -235,7 +235,7 @@ def _fill_rows(
     size = -(-rows // groups)
 
     def fill_group(i: Array, carry: tuple[Array, tuple[Layer, ...]]) -> tuple[Array, tuple[Layer, ...]]:
-        """As many rows of each device that the batch is split over."""
+        """Fills group i: equally many rows of each device that the batch is split over."""
         logits, layers = carry
         start = jnp.minimum(i * size, rows - size)  # the last group starts early
         group_tokens, group_lengths = partition.place(

@@ -93,7 +93,7 @@ VARIANTS = {
             "num_key_value_heads": 2,
             "head_dim": 32,
             "tie_word_embeddings": True,
-            # Of 16 wavelengths 2 are below 128 / 4 and kept, 2 blended, 12 above 128 / 1 and stretched.
+            # 2 of 16 wavelengths are below 128 / 4 and kept, 2 blended, 12 above 128 / 1 and stretched.
             "rope_parameters": {
                 "rope_type": "llama3",
                 "rope_theta": 500000.0,
@@ -133,7 +133,7 @@ VARIANTS = {
         },
         lengths=(7, 90, 1, 40),
     ),
-    # Of 16 channels, those up to 1 keep their frequency, those from 5 on are stretched.
+    # Channels up to 1 of 16 keep their frequency, those from 5 on are stretched.
     "llama_yarn": Variant(
         seed=3,
         config={
@@ -270,7 +270,7 @@ VARIANTS = {
             "rope_parameters": {"rope_type": "linear", "rope_theta": 500042.0, "factor": 2.0},
         },
     ),
-    # Of the 3 heads' slopes one is a half step; beyond 256, bfloat16 doesn't have all positions.
+    # One of the 3 heads' slopes is a half step; beyond 256, bfloat16 doesn't have all positions.
     "falcon_rw": Variant(
         model_type="falcon",
         seed=1,

@@ -137,7 +137,7 @@ def cache_shapes(case: Case, storage: str) -> Any:
 
 
 def attended_bytes(case: Case, storage: str) -> int:
-    """Of stored keys and values that one attention reads; of a quantized layer only what is packed."""
+    """Bytes of stored keys and values that one attention reads; in a quantized layer only packed ones count."""
     shapes = cache_shapes(case, storage)
     if storage in (BTHD, BHTD):
         return sum(math.prod(array.shape) * array.dtype.itemsize for array in shapes)

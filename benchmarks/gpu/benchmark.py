@@ -104,7 +104,7 @@ class Benchmark:
             self.collect("pytorch", job)
 
     def due_sizes(self, shape: Shape, sizes: Sizes, torch: bool) -> list[tuple[int, int]]:
-        """Those that are due. Times of one come together, but were for nothing if the kernel failed."""
+        """The sizes to measure now. The times of one size come together, and are worth nothing if the kernel failed."""
         if self.left < STARTING:
             say(f"attention {shape}: left out, no time")
             return []
@@ -183,7 +183,7 @@ class Benchmark:
 
 
 def environment(plan: Plan, generation: bool, compilations: str) -> dict[str, str]:
-    """Of a worker; what the caller has set stays."""
+    """A worker's environment variables; those that the caller has set stay."""
     wanted = {**plan.environment}
     if generation:
         # Tries share what they compile, and what XLA tuned.

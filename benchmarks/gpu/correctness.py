@@ -59,7 +59,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Of rows on both sides of every edge."""
+        """Lengths of rows on both sides of every edge."""
         residual = self.kv.residual_length
         edges = [residual, residual + 256, residual + 512, self.sliding_window or residual]
         around = [edge + i for edge in edges for i in (-1, 0, 1)]

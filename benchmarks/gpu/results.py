@@ -31,7 +31,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "numpy", 
 
 @dataclasses.dataclass
 class Results:
-    """Of one device.
+    """The records of one device.
 
     Attributes:
         path: of the file.
@@ -97,7 +97,7 @@ def identity(record: Record) -> tuple[Any, ...]:
 
 
 def this_run(backend: str, commit: str | None) -> dict[str, Any]:
-    """Of this process: when, what and with which versions; `backend` is what the device's software says of itself."""
+    """Date, command and versions of this process; `backend` is the version that the device's software reports."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", str(__package__), *sys.argv[1:]]),
@@ -118,7 +118,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def current_commit() -> str:
-    """Of this checkout, "+changes" if it differs from it; "unknown" where git can't tell."""
+    """The commit of this checkout, with "+changes" if files differ from it; "unknown" if git can't tell."""
     commit = _output("git", "rev-parse", "HEAD")
     if not commit:
         return "unknown"

@@ -124,7 +124,7 @@ class Programs:
 
     @property
     def needed_bytes(self) -> int:
-        """Of the device while either runs: what it is given, makes and puts aside."""
+        """Bytes of the device that either program needs: arguments, results and temporaries."""
         memories = [program.memory_analysis() for program in (self.first, self.loop)]
         return max(
             memory.argument_size_in_bytes

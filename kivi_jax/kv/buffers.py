@@ -42,7 +42,7 @@ def write(buffer: Array, update: Array, row: int | Array, index: int | Array, ax
 
 
 def take_rows(x: Array, rows: Int[Array, " N"]) -> Array:
-    """`rows` of `x`, any for those that there are not."""
+    """`rows` of `x`; anything for rows beyond the batch."""
     if rows.size == 1:
         return jax.lax.dynamic_slice_in_dim(x, rows[0], 1)
     return x.at[rows].get(mode="clip")
@@ -53,7 +53,7 @@ def write_rows(
 ) -> Array:
     """Writes `update[i]` to row `rows[i]`, `index[i]` times its own length along the token axis.
 
-    Of several rows, those that there are not are left out.
+    Several rows may include some beyond the batch, which are left out.
     """
     if rows.size == 1:
         return write(buffer, update, rows[0], index[0], axis)
@@ -152,7 +152,7 @@ def set_tokens(
     A TPU scatter wants a layout of its own, for which XLA copies the buffer there and back in every step. So there the
     rows are written one by one.
     """
-    # Of a head_dim that leaves lanes empty, tokens are columns in a TPU's memory: passing over all of them is cheaper.
+    # If head_dim leaves lanes empty, tokens are columns in a TPU's memory: passing over all of them is cheaper.
     on_tpu = _set_tokens_in_turn if buffer.shape[3] % TILE_LANES == 0 else _select_tokens
     return jax.lax.platform_dependent(buffer, tokens, at, active, tpu=on_tpu, default=_scatter_tokens)
 

@@ -90,7 +90,7 @@ class DenseLayer(Layer):
         counts: Int[Array, " B"],
     ) -> "DenseLayer":
         rows, tokens = jnp.arange(lengths.size)[:, None], jnp.arange(k.shape[1])
-        # Of tokens that would share a slot only the newest is written.
+        # Only the newest of the tokens that would share a slot is written.
         kept = (tokens < counts[:, None]) & (tokens >= counts[:, None] - self.slots)
         at = jnp.where(kept, slot_of(lengths[:, None] + tokens, self.slots), self.slots)
         return dataclasses.replace(

@@ -259,7 +259,7 @@ class QuantizedLayer(Layer):
             packed_k, packed_v = self._quantize(block_k, aligned_v[:, :, : most * residual])
             flushed = (begun + counts) // residual
             block = jnp.arange(most)
-            # Of blocks that would share a slot only the newest is written.
+            # Only the newest of the blocks that would share a slot is written.
             due = (block < flushed[:, None]) & (block >= flushed[:, None] - self.blocks)
             slots = jnp.where(due, slot_of(start[:, None] // residual + block, self.blocks), self.blocks)
             keys = write_blocks(keys, packed_k, KEY_TOKEN_AXES, slots, self.blocks)

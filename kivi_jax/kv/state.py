@@ -53,7 +53,7 @@ class KVState:
 
 
 def kv_bytes(state: KVState | Layer) -> int:
-    """Bytes of every array of `state`: codes, scales, zeros, windows, sinks and lengths. Also takes abstract arrays."""
+    """Bytes of every array of `state`: codes, scales, zeros, rings, sinks and lengths. Also takes abstract arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

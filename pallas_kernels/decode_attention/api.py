@@ -107,7 +107,7 @@ def check_kernel_takes(kernel: Kernel, q: Float[Array, "B T Hq D"], layer: Layer
 
 
 def _fitting_kernels(q: Float[Array, "B T Hq D"], layer: Layer) -> list[Kernel]:
-    """Those that take these shapes. Says once why not, where that is the one for the platform of this process."""
+    """The kernels that take these shapes. Warns once why the one for this process's platform does not."""
     fitting = []
     for kernel in KERNELS.values():
         try:

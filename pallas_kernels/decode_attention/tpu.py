@@ -135,10 +135,10 @@ def _of_row(head: Any, step: Any, rows: Any, *_: Any) -> tuple[Any, ...]:
 
 
 def _stored(plan: Plan, layer: QuantizedLayer) -> Inputs:
-    """The layer's arrays. A block of packed ones is the grid step's, of others the row's."""
+    """The layer's arrays. A grid step gets its own block of packed arrays, and its row's block of the others."""
 
     def spec(token_axis: int | None, size: int, other: int) -> pl.BlockSpec:
-        """Of `size` along the axis of tokens (2 or 3), and `other` along the other one."""
+        """The spec of a block with `size` along the axis of tokens (2 or 3) and `other` along the other one."""
 
         def index(head: Any, step: Any, rows: Any, blocks: Any, _: Any, first: Any) -> tuple[Any, ...]:
             block = blocks[step]

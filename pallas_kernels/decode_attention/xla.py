@@ -26,7 +26,7 @@ class OnlineSoftmax(NamedTuple):
     weighted: Float[Array, "B H rows D"]
 
     def add(self, scores: Float[Array, "B H rows T"], values: Float[Array, "B H T D"]) -> "OnlineSoftmax":
-        """With T more scores, of which -inf don't count, and their values, to whose dtype probabilities are rounded."""
+        """Adds T scores, of which -inf don't count, and their values, to whose dtype probabilities are rounded."""
         maximum = jnp.maximum(self.maximum, scores.max(-1))
         shrink = jnp.exp(self.maximum - maximum)
         probabilities = jnp.exp(scores - maximum[..., None])
@@ -78,7 +78,7 @@ class Queries(NamedTuple):
         tokens: Int[Array, "B T"],
         live: Bool[Array, "B #rows T"],  # noqa: F821
     ) -> Float[Array, "B H rows T"]:
-        """Of the keys of `tokens`, -inf where they are not `live` or lie outside the sliding window."""
+        """Scores of the keys of `tokens`; -inf where they are not `live` or outside the sliding window."""
         scores = jnp.einsum(
             "bhrd,bhtd->bhrt", self.vectors.astype(keys.dtype), keys, preferred_element_type=jnp.float32
         )

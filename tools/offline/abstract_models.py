@@ -117,7 +117,7 @@ def abstract_decoding(
 
 
 def loop_arguments(params: kivi_jax.Params, decoding: Decoding) -> tuple[Any, ...]:
-    """Of `continue_decoding`: greedy, with one end token."""
+    """Arguments of `continue_decoding`: greedy, with one end token."""
     everywhere = None if params.mesh is None else NamedSharding(params.mesh, PartitionSpec())
     end_tokens = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=everywhere)
     until = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
@@ -125,5 +125,5 @@ def loop_arguments(params: kivi_jax.Params, decoding: Decoding) -> tuple[Any, ..
 
 
 def array_bytes(tree: Any) -> int:
-    """Of all arrays in it."""
+    """Bytes of all arrays in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -69,7 +69,7 @@ class Compiled:
 
     @classmethod
     def of(cls, executable: Any, **fields: Any) -> Self:
-        """With the other `fields` of a subclass."""
+        """What an executable tells, with the other `fields` of a subclass."""
         memory = executable.memory_analysis()
         return cls(
             argument_bytes=memory.argument_size_in_bytes,

@@ -39,7 +39,7 @@ class Attention:
     dtype: str = "bfloat16"
 
     def layer(self) -> QuantizedLayer:
-        """Of abstract arrays."""
+        """A layer of abstract arrays."""
         config = KVConfig(
             self.key_bits, self.value_bits, self.group_size, self.residual_length, self.sink_tokens
         )
@@ -47,7 +47,7 @@ class Attention:
         return jax.eval_shape(lambda: QuantizedLayer.empty(*shape, self.dtype, config, self.sliding_window))
 
     def packed_bytes(self, tokens: int) -> float:
-        """Of `tokens` tokens of one KV head, scales and zeros included."""
+        """Bytes of `tokens` packed tokens of one KV head, scales and zeros included."""
         layer = self.layer()
         stored = self.batch * self.kv_heads * layer.blocks * self.residual_length
         return array_bytes((layer.keys, layer.values)) / stored * tokens
@@ -130,7 +130,7 @@ def loop_state(model_type: str, config: dict[str, Any], kv: str, batch: int, cap
 
 
 def read_config(model_type: str, fields: dict[str, Any]) -> Config:
-    """From fields that may have been through JSON."""
+    """The configuration with these fields, which may come from JSON, where tuples are lists."""
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return FAMILIES[model_type].config(**fields)
 

@@ -128,7 +128,7 @@ def compile_programs(
 
 
 def target(name: str) -> Target:
-    """Of a GPU, in the subprocess."""
+    """What to compile for a GPU, in the subprocess."""
     gpu = GPUS[name]
     devices = topologies.get_topology_desc(
         "", platform="cuda", topology="1x1x1", target_config=gpu.target_config()
@@ -144,13 +144,13 @@ def target(name: str) -> Target:
 
 
 def pallas_names(hlo: str) -> set[str]:
-    """Of the kernels that Pallas had Triton compile, in the text of a program."""
+    """Names of the kernels in a program's text that Pallas had Triton compile."""
     calls = (line for line in hlo.splitlines() if 'custom_call_target="__gpu$xla.gpu.triton"' in line)
     return {re.search(r'\bname = "([^"]+)"', line)[1] for line in calls}
 
 
 def read_kernels(dump: Path, pallas: set[str]) -> tuple[dict[str, Kernel], frozenset[str]]:
-    """Those of the names `pallas`, and the names of all others, from what XLA dumped.
+    """The kernels with the names `pallas`, and the names of all others, from what XLA dumped.
 
     Raises:
         ValueError: the dumps are not as this reader knows them, as another XLA may write them.
@@ -218,7 +218,7 @@ def assemble(ptx: str) -> tuple[str, str]:
 
 
 def _run(tool: str, *arguments: str | Path) -> tuple[str, str]:
-    """Of a tool of CUDA, what it writes to stdout and to stderr."""
+    """Runs a tool of CUDA and returns what it writes to stdout and to stderr."""
     ended = subprocess.run([gpu_wheels.CUDA / "bin" / tool, *arguments], capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"{tool} ended with status {ended.returncode}:\n{ended.stdout}{ended.stderr}")

@@ -108,7 +108,7 @@ class Schedule:
 
 
 def read_schedule(sass: str) -> Schedule:
-    """Of the one kernel in what `nvdisasm --print-code` writes.
+    """The schedule of the only kernel in the output of `nvdisasm --print-code`.
 
     Raises:
         ValueError: there is none, or it branches in a way that this reader doesn't know.
@@ -170,7 +170,7 @@ class _Span:
     body: set[int]
 
     def shortest_way(self, following: Sequence[Sequence[int]]) -> set[int]:
-        """From the head to the head."""
+        """Blocks on the shortest way from the loop's head back to it."""
         came_from: dict[int, int] = {}
         ways = collections.deque([self.head])
         while self.head not in came_from:

@@ -98,7 +98,7 @@ def compile_programs(
 
 
 def target(name: str) -> Target:
-    """Of a chip, in the subprocess."""
+    """What to compile for a chip, in the subprocess."""
     chip = CHIPS[name]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
 

@@ -93,7 +93,7 @@ class Schedule:
 
     @property
     def cycles(self) -> int:
-        """Of all code once."""
+        """Cycles of all code, each loop's body once."""
         return sum(loop.cycles for loop in self.loops)
 
     def utilization(self, loop: Loop) -> dict[str, float]:
