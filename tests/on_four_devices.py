@@ -109,7 +109,7 @@ def test_what_is_split(heads, mesh, batch, split):
 @pytest.mark.parametrize(
     ("family", "mesh", "batch", "part"),
     [
-        (llama(4, 4), MODEL, 2, 1 / 4),
+        further(llama(4, 4), MODEL, 2, 1 / 4),
         further(llama(8, 4), BOTH, 4, 1 / 4),
         (llama(8, 2), MODEL, 2, 1),  # as Llama 3 on 16: a device's query heads read one KV head
         (llama(8, 2), BOTH, 3, 1 / 2),  # three rows are no multiple of two

@@ -46,7 +46,9 @@ def step_by_step_logprobs(params, prompt, kv, tokens):
     return logits[np.arange(len(tokens)), tokens] - np.log(np.exp(logits).sum(-1))
 
 
-@pytest.mark.parametrize("kv", ["bf16", further("kivi4"), "kivi-k4v2", KVConfig(2, 2, 32, 32)], ids=str)
+@pytest.mark.parametrize(
+    "kv", ["bf16", further("kivi4"), further("kivi-k4v2"), KVConfig(2, 2, 32, 32)], ids=str
+)
 def test_batch_equals_each_row_alone_step_by_step(tiny, kv):
     completions = kivi_jax.generate(tiny, PROMPTS, kv, max_new_tokens=40)
     for prompt, completion in zip(PROMPTS, completions, strict=True):

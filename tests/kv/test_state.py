@@ -48,7 +48,7 @@ def fill(config, k, v, lengths, until):
 
 @pytest.mark.parametrize("head_dim", [further(32), 64, 128])
 @pytest.mark.parametrize(
-    "config", [KVConfig(2, 2, 32, 32), KVConfig(4, 2, 32, 96), KVConfig(2, 4, 32, 64)], ids=str
+    "config", [KVConfig(2, 2, 32, 32), KVConfig(4, 2, 32, 96), further(KVConfig(2, 4, 32, 64))], ids=str
 )
 def test_holds_what_the_rules_say_whatever_the_way_in(config, head_dim):
     residual, until = config.residual_length, 2 * config.residual_length + 7

@@ -172,7 +172,7 @@ def assert_follows_oracle(logits, expected):
 
 
 @pytest.mark.parametrize(
-    "kv", ["kivi2", further("kivi4"), further("kivi-k4v2"), SHORT], ids=["kivi2", "kivi4", "k4v2", "short"]
+    "kv", [*(further(kv) for kv in PRESETS), SHORT], ids=["kivi2", "kivi4", "k4v2", "short"]
 )
 @pytest.mark.parametrize("name", EVERY)
 def test_prompts_around_the_residual_length_and_steps(name, kv):
@@ -193,7 +193,7 @@ def divergence(logits, reference):
     return float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["llama_gqa", *map(further, [*NAMES[1:], *FURTHER])])
 def test_more_bits_come_closer(name):
     """The prefill does not tell caches apart, and steps do by their bits, where a row has anything quantized."""
     exact, expected = run(name, "bf16", residual=128)
@@ -208,7 +208,7 @@ def test_more_bits_come_closer(name):
     assert 1e-6 < divergences["kivi4"] <= divergences["kivi-k4v2"] < divergences["kivi2"] / 2 < 1
 
 
-@pytest.mark.parametrize("kv", ["bf16", SHORT], ids=["bf16", "short"])
+@pytest.mark.parametrize("kv", [further("bf16"), SHORT], ids=["bf16", "short"])
 @pytest.mark.parametrize("name", EVERY)
 def test_row_does_not_depend_on_its_neighbours(name, kv):
     params, text = load(name), texts(name, 128 if kv == "bf16" else 32)

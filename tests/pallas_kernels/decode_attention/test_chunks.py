@@ -88,7 +88,7 @@ def store_chunk(layer, k, v, lengths, counts):
     [
         PRESETS["bf16"],
         KVConfig(2, 2, 32, 32),
-        KVConfig(4, 2, 16, 64),
+        further(KVConfig(4, 2, 16, 64)),
         KVConfig(2, 4, 32, 32, sink_tokens=32),
         KVConfig(2, 2, 16, 32, sink_tokens=5),
     ],
