@@ -30,7 +30,7 @@ from kivi_jax.batching import PromptBatch
 from kivi_jax.decoding import start_decoding
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.models.registry import Config
-from kivi_jax.sampling import Greedy
+from kivi_jax.rows import greedy_rows
 from kivi_jax.steps import PREFILL_TOKENS
 from tools.offline.abstract_models import MODELS, abstract_decoding, abstract_params, model_type
 
@@ -196,10 +196,10 @@ def peak_of_prefill(
         params,
         abstract((batch, prompt), jnp.int32),
         abstract((batch,), jnp.int32),
-        abstract((1,), jnp.int32),
-        abstract((batch,), jax.eval_shape(lambda: jax.random.key(0)).dtype),
-        Greedy(),
-        active=abstract((batch,), bool),
+        jax.tree.map(
+            lambda leaf: abstract(leaf.shape, leaf.dtype),
+            jax.eval_shape(lambda: greedy_rows(batch, NEW_TOKENS)),
+        ),
         capacity=capacity,
         kv=resolve_kv(kv, params.config.head_dim, params.config.num_layers),
         max_new_tokens=NEW_TOKENS,

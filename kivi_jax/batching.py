@@ -15,11 +15,6 @@ MOST_PADDED = 1.6
 FREE_TOKENS = 512
 
 
-def pad_end_tokens(tokens: tuple[int, ...]) -> tuple[int, ...]:
-    """To a multiple of 4, so that one more of them rarely needs another compilation; no token is -1."""
-    return (*tokens, *[-1] * (-len(tokens) % 4 if tokens else 4))
-
-
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
     """Prompts in arrays of bucketed shapes, so that different prompts rarely need another compilation.

@@ -6,12 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int
 
 from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.state import KVState
 from kivi_jax.model import Params, jit_of_params
-from kivi_jax.sampling import Sampler
+from kivi_jax.rows import Rows
 from kivi_jax.steps import append_token, new_state, prefill_in_chunks
 
 # In place of the token of a row whose activations overflowed.
@@ -20,31 +20,31 @@ NO_TOKEN = -1
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["state", "tokens", "steps", "last", "active", "rngs", "logprobs", "seen"],
+    data_fields=["state", "rows", "tokens", "counts", "last", "active", "logprobs", "seen"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Generation in progress, the carry of the decode loop.
+    """Generation in progress, the carry of the decode loop. Rows need not have begun together.
 
     Attributes:
         state: the KV state, which lacks only the newest token of each row.
-        tokens: the generated tokens.
-        steps: how many columns of `tokens` are written.
+        rows: what each row is asked for.
+        tokens: the generated tokens, of each row in its first `counts` columns.
+        counts: how many tokens each row has.
         last: the newest token.
-        active: the rows that have not ended; a row ends by an end token, which stays in `tokens`, or by
-            `NO_TOKEN`, where its logits are not all finite numbers.
-        rngs: one random key a row, so that a row's samples don't depend on its neighbours.
+        active: the rows that have not ended; a row ends at its limit, by one of its end tokens, which stays in
+            `tokens`, or by `NO_TOKEN`, where its logits are not all finite numbers.
         logprobs: the log-probability of each of `tokens`, if asked for.
-        seen: the tokens of a row's prompt and completion, if the sampler penalizes repetition.
+        seen: the tokens of a row's prompt and completion, if any row's repetition is penalized.
     """
 
     state: KVState
+    rows: Rows
     tokens: Int[Array, "B N"]
-    steps: Int[Array, ""]
+    counts: Int[Array, " B"]
     last: Int[Array, " B"]
     active: Bool[Array, " B"]
-    rngs: Key[Array, " B"]
     logprobs: Float[Array, "B N"] | None = None
     seen: Bool[Array, "B vocab"] | None = None
 
@@ -52,25 +52,24 @@ class Decoding:
 
 
 @functools.partial(
-    jit_of_params, static_argnames=("capacity", "kv", "max_new_tokens", "logprobs", "prefill_chunk")
+    jit_of_params,
+    static_argnames=("capacity", "kv", "max_new_tokens", "logprobs", "penalized", "prefill_chunk"),
 )
 def start_decoding(
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    end_tokens: Int[Array, " E"],
-    rngs: Array,
-    sampler: Sampler,
+    rows: Rows,
     *,
-    active: Bool[Array, " rows"],
     capacity: int,
     kv: KVConfig,
     max_new_tokens: int,
     prompt_rows: Int[Array, " rows"] | None = None,
     logprobs: bool = False,
+    penalized: bool = False,
     prefill_chunk: int | None = None,
 ) -> Decoding:
-    """Prefills a new state and samples the first token of every active row.
+    """Prefills a new state and chooses the first token of every row that may have one.
 
     Row i continues prompt i, or prompt `prompt_rows[i]`: several rows can share a prompt that is prefilled once.
     """
@@ -78,21 +77,10 @@ def start_decoding(
     partition = params.partition(batch)
     state = new_state(params, partition, batch, capacity, kv)
     logits, state = prefill_in_chunks(params, partition, tokens, lengths, state, prefill_chunk)
-    seen = seen_tokens(params, tokens, lengths, sampler)
+    seen = seen_tokens(params, tokens, lengths) if penalized else None
     if prompt_rows is not None:
         logits, state, seen = share_prompts(logits, state, seen, prompt_rows)
-    return begin_decoding(
-        params,
-        logits,
-        state,
-        seen,
-        end_tokens,
-        rngs,
-        sampler,
-        active=active,
-        max_new_tokens=max_new_tokens,
-        logprobs=logprobs,
-    )
+    return begin_decoding(params, logits, state, seen, rows, max_new_tokens=max_new_tokens, logprobs=logprobs)
 
 
 @functools.partial(
@@ -100,76 +88,71 @@ def start_decoding(
 )
 def begin_decoding(
     params: Params,
-    logits: Float[Array, "rows vocab"],
+    logits: Float[Array, "B vocab"],
     state: KVState,
-    seen: Bool[Array, "rows vocab"] | None,
-    end_tokens: Int[Array, " E"],
-    rngs: Array,
-    sampler: Sampler,
+    seen: Bool[Array, "B vocab"] | None,
+    rows: Rows,
     *,
-    active: Bool[Array, " rows"],
     max_new_tokens: int,
     logprobs: bool = False,
 ) -> Decoding:
-    """Samples the first token of every active row, after prompts that are prefilled; their state is donated."""
-    batch = active.shape[0]
+    """Chooses the first token of every row that may have one, after prompts that are prefilled; their state is donated.
+
+    No row may be asked for more than `max_new_tokens`.
+    """
+    batch = rows.limits.size
     decoding = Decoding(
         state=state,
+        rows=rows,
         tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
-        steps=jnp.int32(0),
+        counts=jnp.zeros(batch, jnp.int32),
         last=jnp.zeros(batch, jnp.int32),
-        active=active,
-        rngs=rngs,
+        active=rows.limits > 0,
         logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32) if logprobs else None,
         seen=seen,
     )
-    return params.partition(batch).place(_take_token(decoding, logits, end_tokens, sampler))
+    return params.partition(batch).place(_take_token(decoding, logits))
 
 
 @functools.partial(jit_of_params, donate_argnames="decoding")
-def continue_decoding(
-    params: Params,
-    decoding: Decoding,
-    end_tokens: Int[Array, " E"],
-    sampler: Sampler,
-    until: Int[Array, ""],
-) -> Decoding:
-    """Generates until `until` tokens a row are there or every row has ended; the state is updated in place."""
-
+def continue_decoding(params: Params, decoding: Decoding, steps: Int[Array, ""]) -> Decoding:
+    """Generates up to `steps` more tokens a row, until every row has ended; the state is updated in place."""
     # On a mesh always in the same places, so that the loop is compiled once and its state stays split.
     partition = params.partition(decoding.active.size)
 
-    def unfinished(decoding: Decoding) -> Array:
-        return (decoding.steps < until) & decoding.active.any()
+    def unfinished(carry: tuple[Array, Decoding]) -> Array:
+        step, decoding = carry
+        return (step < steps) & decoding.active.any()
 
-    def step(decoding: Decoding) -> Decoding:
+    def take_step(carry: tuple[Array, Decoding]) -> tuple[Array, Decoding]:
+        step, decoding = carry
         logits, state = append_token(params, partition, decoding.last, decoding.state, decoding.active)
-        return _take_token(dataclasses.replace(decoding, state=state), logits, end_tokens, sampler)
+        return step + 1, _take_token(dataclasses.replace(decoding, state=state), logits)
 
-    return partition.place(jax.lax.while_loop(unfinished, step, decoding))
+    _, decoding = jax.lax.while_loop(unfinished, take_step, (jnp.zeros_like(steps), decoding))
+    return partition.place(decoding)
 
 
-def _take_token(
-    decoding: Decoding, logits: Float[Array, "B vocab"], end_tokens: Int[Array, " E"], sampler: Sampler
-) -> Decoding:
-    """Samples the next token of every row and writes it down."""
-    rngs = jax.vmap(jax.random.fold_in, (0, None))(decoding.rngs, decoding.steps)
+def _take_token(decoding: Decoding, logits: Float[Array, "B vocab"]) -> Decoding:
+    """Chooses the next token of every active row and writes it down."""
+    rows, counts, active = decoding.rows, decoding.counts, decoding.active
+    rngs = jax.vmap(jax.random.fold_in)(rows.rngs, counts)
     failed = ~jnp.isfinite(logits).all(-1)
-    token = jnp.where(failed, NO_TOKEN, sampler(logits, rngs, decoding.seen))
-    ended = failed | (token[:, None] == end_tokens).any(-1)
-    column = (jnp.zeros_like(decoding.steps), decoding.steps)
+    token = jnp.where(failed, NO_TOKEN, rows.sampling(logits, rngs, decoding.seen))
+    ended = failed | (token[:, None] == rows.end_tokens).any(-1) | (counts + 1 >= rows.limits)
+    batch, columns = jnp.arange(counts.size), jnp.where(active, counts, decoding.tokens.shape[1])
     logprobs, seen = decoding.logprobs, decoding.seen
     if logprobs is not None:
-        taken = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)
-        logprobs = jax.lax.dynamic_update_slice(logprobs, taken, column)
+        taken = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        logprobs = logprobs.at[batch, columns].set(taken, mode="drop")
     if seen is not None:
         seen = seen | jax.nn.one_hot(token, seen.shape[-1], dtype=bool)
     return dataclasses.replace(
         decoding,
-        tokens=jax.lax.dynamic_update_slice(decoding.tokens, token[:, None], column),
-        steps=decoding.steps + 1,
+        tokens=decoding.tokens.at[batch, columns].set(token, mode="drop"),
+        counts=counts + active,
         last=jnp.maximum(token, 0),
-        active=decoding.active & ~ended,
+        active=active & ~ended,
         logprobs=logprobs,
         seen=seen,
     )
@@ -188,11 +171,9 @@ def share_prompts(
 
 @jit_of_params
 def seen_tokens(
-    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], sampler: Sampler
-) -> Bool[Array, "B vocab"] | None:
-    """Which tokens each row's prompt has, if the sampler penalizes repetition; padding doesn't count."""
-    if sampler.repetition_penalty is None:
-        return None
+    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+) -> Bool[Array, "B vocab"]:
+    """Which tokens each row's prompt has; padding doesn't count."""
     vocab_size = params.config.vocab_size
     tokens = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, vocab_size)
     rows = jnp.arange(tokens.shape[0])[:, None]

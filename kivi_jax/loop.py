@@ -1,16 +1,14 @@
 """The loop that generates: what runs on the device, and between its pieces what is read from it."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kivi_jax.batching import PromptBatch, bucket, pad_end_tokens
+from kivi_jax.batching import PromptBatch, bucket
 from kivi_jax.completions import Completion, CompletionReader
 from kivi_jax.decoding import (
     Decoding,
@@ -24,7 +22,7 @@ from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.state import KVState
 from kivi_jax.model import Params, jit_of_params
 from kivi_jax.request import GenerationSettings
-from kivi_jax.sampling import Sampler, make_sampler
+from kivi_jax.rows import make_rows
 from kivi_jax.steps import init_state, insert_prompts
 
 PIECE_SECONDS = 0.25  # of decoding, between which Ctrl-C is heard
@@ -40,19 +38,11 @@ def run(
     every: int | None,
 ) -> Iterator[list[Completion]]:
     """Generates, and yields the completions so far, of the rows that have a reader, after every `every` tokens."""
-    sampler = make_sampler(settings)
-    end_tokens = jnp.asarray(pad_end_tokens(readers[0].end_tokens), jnp.int32)
-    decoding = _start(params, batch, end_tokens, sampler, len(readers), kv, settings, prefill_chunk)
+    decoding = _start(params, batch, readers, kv, settings, prefill_chunk)
     completions = [Completion(None, [], None)] * len(readers)
+    steps = 1
     while True:
-        steps = int(decoding.steps)
-        written = np.asarray(decoding.tokens)[:, :steps].tolist()
-        logprobs = None if decoding.logprobs is None else np.asarray(decoding.logprobs)[:, :steps].tolist()
-        # A finished row's columns go on being filled, with anything.
-        completions = [
-            done if done.finish_reason else reader.read(written[row], logprobs and logprobs[row])
-            for row, done, reader in zip(batch.rows, completions, readers, strict=True)
-        ]
+        completions = _read(decoding, batch, readers, completions)
         running = [completion.finish_reason is None for completion in completions]
         if not any(running):
             yield completions
@@ -62,63 +52,78 @@ def run(
         running_rows = np.zeros(len(batch.samples), bool)
         running_rows[batch.rows] = running
         decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running_rows))
-        until = settings.max_new_tokens if every is None else min(steps + every, settings.max_new_tokens)
-        decoding = _continue(params, decoding, end_tokens, sampler, until)
+        more = settings.max_new_tokens - steps if every is None else every
+        decoding = _continue(params, decoding, more)
+        steps += more
+
+
+def _read(
+    decoding: Decoding, batch: PromptBatch, readers: list[CompletionReader], completions: list[Completion]
+) -> list[Completion]:
+    """The completions after what is generated now; those that have ended stay."""
+    counts, tokens = np.asarray(decoding.counts), np.asarray(decoding.tokens)
+    logprobs = None if decoding.logprobs is None else np.asarray(decoding.logprobs)
+
+    def read(row: int, reader: CompletionReader) -> Completion:
+        count = counts[row]
+        return reader.read(
+            tokens[row, :count].tolist(), None if logprobs is None else logprobs[row, :count].tolist()
+        )
+
+    return [
+        done if done.finish_reason else read(row, reader)
+        for row, done, reader in zip(batch.rows, completions, readers, strict=True)
+    ]
 
 
 def _start(
     params: Params,
     batch: PromptBatch,
-    end_tokens: Array,
-    sampler: Sampler,
-    rows: int,
+    readers: list[CompletionReader],
     kv: KVConfig,
     settings: GenerationSettings,
     prefill_chunk: int | None,
 ) -> Decoding:
-    """Prompts prefilled and the first token of `rows` rows sampled; the others only fill up the batch."""
-    rngs = jax.vmap(jax.random.fold_in, (None, 0))(random_key(settings.seed), batch.places[batch.prompt_rows])
-    rngs = jax.vmap(jax.random.fold_in)(rngs, batch.samples)
+    """Prompts prefilled, and the first token of every row that has a reader."""
     tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
     prompt_rows = None if batch.samples.max() == 0 else jnp.asarray(batch.prompt_rows)
-    start = functools.partial(
-        start_decoding if len(batch.groups) == 1 else begin_decoding,
-        active=jnp.asarray(np.arange(len(batch.samples)) < rows),
-        max_new_tokens=bucket(settings.max_new_tokens, least=16),
-        logprobs=settings.logprobs,
-    )
+    places = batch.places[batch.prompt_rows]
+    rows = make_rows(settings, readers[0].end_tokens, places, batch.samples, len(readers))
+    columns = bucket(settings.max_new_tokens, least=16)
+    penalized = settings.repetition_penalty != 1
     if len(batch.groups) == 1:
-        return start(
+        return start_decoding(
             params,
             tokens,
             lengths,
-            end_tokens,
-            rngs,
-            sampler,
+            rows,
             capacity=batch.capacity,
             kv=kv,
-            prefill_chunk=prefill_chunk,
+            max_new_tokens=columns,
             prompt_rows=prompt_rows,
+            logprobs=settings.logprobs,
+            penalized=penalized,
+            prefill_chunk=prefill_chunk,
         )
     logits, state = _prefill_groups(params, batch, kv, prefill_chunk)
-    seen = seen_tokens(params, tokens, lengths, sampler)
+    seen = seen_tokens(params, tokens, lengths) if penalized else None
     if prompt_rows is not None:
         logits, state, seen = share_prompts(logits, state, seen, prompt_rows)
-    return start(params, logits, state, seen, end_tokens, rngs, sampler)
+    return begin_decoding(
+        params, logits, state, seen, rows, max_new_tokens=columns, logprobs=settings.logprobs
+    )
 
 
-def _continue(
-    params: Params, decoding: Decoding, end_tokens: Array, sampler: Sampler, until: int
-) -> Decoding:
+def _continue(params: Params, decoding: Decoding, steps: int) -> Decoding:
     """`continue_decoding` in pieces that take about `PIECE_SECONDS`: between them Python hears of Ctrl-C."""
-    steps, piece = int(decoding.steps), 1
-    while steps < until:
+    piece = 1
+    while steps > 0:
         began = time.perf_counter()
-        goal = min(steps + piece, until)
-        decoding = continue_decoding(params, decoding, end_tokens, sampler, jnp.int32(goal))
-        steps = int(decoding.steps)
-        if steps < goal:  # all rows have ended
+        piece = min(piece, steps)
+        decoding = continue_decoding(params, decoding, jnp.int32(piece))
+        if not np.asarray(decoding.active).any():
             break
+        steps -= piece
         seconds = max(time.perf_counter() - began, 1e-9)
         piece = max(min(int(piece * PIECE_SECONDS / seconds), 8 * piece), 1)
     return decoding
@@ -142,10 +147,3 @@ def _prefill_groups(
 
 
 _empty_state = jit_of_params(init_state, static_argnames=("batch", "capacity", "kv"))
-
-
-def random_key(seed: int) -> Array:
-    """`jax.random.key(seed)`, but of all 64 bits: where JAX computes in 32, it takes the lower ones only."""
-    upper, lower = divmod(seed, 2**32)
-    key = jax.random.key(np.uint32(lower))
-    return jax.random.fold_in(key, np.uint32(upper % 2**32)) if upper else key

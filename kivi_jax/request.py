@@ -32,7 +32,7 @@ class GenerationSettings:
         top_k: sample among the k most likely tokens only.
         top_p: sample among the fewest tokens that together reach this probability.
         min_p: sample among the tokens at least this times as likely as the most likely one. The cuts follow the
-            temperature in this order; `sampling.Categorical` says exactly how.
+            temperature in this order; `sampling.Sampling` says exactly how.
         repetition_penalty: divides the positive and multiplies the other logits of all tokens that a row's prompt or
             completion has already, so more than 1 discourages them; also where temperature is 0.
         seed: of the samples, a whole number of 64 bits.

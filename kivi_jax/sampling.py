@@ -1,4 +1,4 @@
-"""Token samplers: pure functions of logits and one random key a row."""
+"""Tokens from logits: what each row asks for are values, so that any mixture of rows is one compiled program."""
 
 import dataclasses
 import functools
@@ -8,28 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Key
 
 from kivi_jax.promotion import with_usual_promotion
 from kivi_jax.request import GenerationSettings
 
 LEAST_TEMPERATURE = 1e-6  # as good as greedy; much less and float32 logits overflow
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["repetition_penalty"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Greedy:
-    """The most likely token, of equals the one with the lowest id, after the `repetition_penalty` (see `penalize`)."""
-
-    repetition_penalty: Float[Array, ""] | None = None
-
-    __no_type_check__ = True  # for JAX, whose trees hold anything in the places of arrays
-
-    @with_usual_promotion
-    def __call__(
-        self, logits: Float[Array, "B vocab"], rngs: Any, seen: Bool[Array, "B vocab"] | None = None
-    ) -> Int[Array, " B"]:
-        return jnp.argmax(penalize(logits, seen, self.repetition_penalty), axis=-1).astype(jnp.int32)
+ALL_TOKENS = 2**31 - 1  # a top_k that cuts nothing
 
 
 @functools.partial(
@@ -38,62 +23,81 @@ class Greedy:
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class Categorical:
-    """A token drawn from a distribution that is shaped in this order, which is transformers':
+class Sampling:
+    """How each row's token is chosen; a scalar holds for all rows.
 
-    - the `repetition_penalty` (see `penalize`);
+    At temperature 0 it is the most likely one after the `repetition_penalty` (see `penalize`), of equals the one with
+    the lowest id. Otherwise it is drawn from a distribution that is shaped in this order, which is transformers':
+
+    - the `repetition_penalty`;
     - softmax(logits / temperature);
     - `top_k`: the k most likely tokens;
     - `top_p`: of what then remains, the fewest most likely ones that together reach this probability (Holtzman et
       al. 2020);
     - `min_p`: the tokens at least this times as likely as the most likely one (Nguyen et al. 2024).
 
-    Tokens as likely as the last one that a cut keeps are kept with it. The fields are values and not part of the
-    compiled program; only whether they are None is.
+    Tokens as likely as the last one that a cut keeps are kept with it. `ALL_TOKENS`, 1 and 0 cut nothing.
     """
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""] | None = None
-    top_p: Float[Array, ""] | None = None
-    min_p: Float[Array, ""] | None = None
-    repetition_penalty: Float[Array, ""] | None = None
+    temperature: Float[Array, "#B"] | Float[Array, ""]
+    top_k: Int[Array, "#B"] | Int[Array, ""]
+    top_p: Float[Array, "#B"] | Float[Array, ""]
+    min_p: Float[Array, "#B"] | Float[Array, ""]
+    repetition_penalty: Float[Array, "#B"] | Float[Array, ""]
 
     __no_type_check__ = True  # for JAX, whose trees hold anything in the places of arrays
 
+    def of_rows(self, rows: int) -> "Sampling":
+        """The same for each of so many rows."""
+        return jax.tree.map(lambda value: jnp.broadcast_to(value, (rows,)), self)
+
     @with_usual_promotion
     def __call__(
-        self, logits: Float[Array, "B vocab"], rngs: Any, seen: Bool[Array, "B vocab"] | None = None
+        self,
+        logits: Float[Array, "B vocab"],
+        rngs: Key[Array, " B"],
+        seen: Bool[Array, "B vocab"] | None = None,
     ) -> Int[Array, " B"]:
-        return jax.vmap(jax.random.categorical)(rngs, self.scores(logits, seen)).astype(jnp.int32)
+        """One token a row. Without `seen`, the tokens that a row has already, no row's repetition is penalized."""
+        logits = penalize(logits, seen, self.repetition_penalty)
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        def draw() -> Array:
+            drawn = jax.vmap(jax.random.categorical)(rngs, self._cut(logits)).astype(jnp.int32)
+            return jnp.where(self.temperature == 0, likeliest, drawn)
+
+        return jax.lax.cond(jnp.any(self.temperature > 0), draw, lambda: likeliest)
 
     @with_usual_promotion
     def scores(
         self, logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None = None
     ) -> Float[Array, "B vocab"]:
         """Logits of the distribution that tokens are drawn from, -inf for those that are cut."""
-        logits = penalize(logits, seen, self.repetition_penalty) / self.temperature
-        least = jnp.full((logits.shape[0], 1), -jnp.inf)
-        if self.top_k is not None or self.top_p is not None:
-            least = self._least_of_the_top(logits)
-        if self.min_p is not None:
-            least = jnp.maximum(least, logits.max(axis=-1, keepdims=True) + jnp.log(self.min_p))
-        return jnp.where(logits < least, -jnp.inf, logits)
+        return self._cut(penalize(logits, seen, self.repetition_penalty))
 
-    def _least_of_the_top(self, logits: Float[Array, "B vocab"]) -> Float[Array, "B 1"]:
-        """The least logit that `top_k` and `top_p` keep."""
-        least = jnp.full((logits.shape[0], 1), -jnp.inf)
+    def _cut(self, logits: Float[Array, "B vocab"]) -> Float[Array, "B vocab"]:
+        logits = logits / jnp.maximum(self.temperature, LEAST_TEMPERATURE)[..., None]
         ranks = _flip_negatives(jax.lax.bitcast_convert_type(logits, jnp.int32))
-        if self.top_k is not None:
-            top_k = jnp.minimum(self.top_k, logits.shape[-1])
-            least = _largest(ranks, lambda kept: kept.sum(axis=-1, keepdims=True) >= top_k)
-        if (top_p := self.top_p) is not None:
+        nothing = jnp.full((logits.shape[0], 1), -jnp.inf)
+        top_k, top_p, min_p = (x[..., None] for x in (self.top_k, self.top_p, self.min_p))
+
+        def least_of_top_k() -> Array:
+            most = jnp.minimum(top_k, logits.shape[-1])
+            return _largest(ranks, lambda kept: kept.sum(axis=-1, keepdims=True) >= most)
+
+        least = jax.lax.cond(jnp.any(top_k < logits.shape[-1]), least_of_top_k, lambda: nothing)
+
+        def least_of_top_p() -> Array:
             probabilities = jax.nn.softmax(jnp.where(logits < least, -jnp.inf, logits), axis=-1)
             reaching = _largest(
-                ranks,
-                lambda kept: jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= top_p,
+                ranks, lambda kept: jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= top_p
             )
-            least = jnp.maximum(least, reaching)
-        return least
+            # Summed up in float32, 1 can be reached too early.
+            return jnp.where(top_p < 1, jnp.maximum(least, reaching), least)
+
+        least = jax.lax.cond(jnp.any(top_p < 1), least_of_top_p, lambda: least)
+        least = jnp.maximum(least, logits.max(axis=-1, keepdims=True) + jnp.log(min_p))
+        return jnp.where(logits < least, -jnp.inf, logits)
 
 
 def _largest(
@@ -120,31 +124,25 @@ def _flip_negatives(bits: Int[Array, "B n"]) -> Int[Array, "B n"]:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-Sampler = Greedy | Categorical
-
-
 def penalize(
-    logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None, penalty: Float[Array, ""] | None
+    logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None, penalty: Float[Array, "..."]
 ) -> Float[Array, "B vocab"]:
     """Logits of the tokens that a row has `seen` divided by `penalty` where positive and multiplied by it where not
-    (Keskar et al. 2019); with a penalty of None, just the logits.
+    (Keskar et al. 2019); just the logits where `seen` is None.
     """
-    if penalty is None:
+    if seen is None:
         return logits
-    assert seen is not None
+    penalty = penalty[..., None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def make_sampler(settings: GenerationSettings) -> Sampler:
-    """The sampler for these settings; temperature 0 is greedy."""
-    penalty = None if settings.repetition_penalty == 1 else jnp.float32(settings.repetition_penalty)
-    if settings.temperature == 0:
-        return Greedy(penalty)
-    return Categorical(
-        jnp.float32(max(settings.temperature, LEAST_TEMPERATURE)),
-        # Settings that cut nothing are left out: summed up in float32, 1 can be reached too early.
-        None if settings.top_k is None else jnp.int32(min(settings.top_k, 2**31 - 1)),
-        None if settings.top_p in (None, 1) else jnp.float32(settings.top_p),
-        None if settings.min_p in (None, 0) else jnp.float32(settings.min_p),
-        penalty,
+def make_sampling(settings: GenerationSettings) -> Sampling:
+    """The sampling of one request, as scalars."""
+    temperature = settings.temperature and max(settings.temperature, LEAST_TEMPERATURE)
+    return Sampling(
+        jnp.float32(temperature),
+        jnp.int32(ALL_TOKENS if settings.top_k is None else min(settings.top_k, ALL_TOKENS)),
+        jnp.float32(1 if settings.top_p is None else settings.top_p),
+        jnp.float32(settings.min_p or 0),
+        jnp.float32(settings.repetition_penalty),
     )

@@ -10,7 +10,7 @@ import pytest
 
 import kivi_jax
 from kivi_jax import KVConfig
-from kivi_jax.loop import random_key
+from kivi_jax.rows import random_key
 from tests.further import further
 from tests.tiny_checkpoint import write_checkpoint
 

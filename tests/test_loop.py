@@ -9,9 +9,11 @@ import pytest
 
 import kivi_jax
 from kivi_jax import KVConfig, loop
+from kivi_jax.batching import PromptBatch
 from kivi_jax.checkpoints.load import DEMO_FOLDER
 from kivi_jax.decoding import continue_decoding, start_decoding
-from kivi_jax.sampling import Greedy
+from kivi_jax.request import GenerationSettings
+from kivi_jax.rows import greedy_rows, make_rows
 
 PROMPTS = [[1, 2, 3], list(range(40)), [7] * 130, list(range(100, 0, -1))]
 
@@ -21,23 +23,54 @@ def test_loop_ends_with_the_last_row(tiny):
     place = 7
     assert unended[place] not in unended[:place]
     another = next(token for token in range(100) if token not in unended)
-    end_tokens = jnp.asarray([another, unended[place]])  # any of them ends a row, not only the first
+    rows = greedy_rows(1, 30, [another, unended[place]])  # any of them ends a row, not only the first
     kv = kivi_jax.kv.PRESETS["kivi2"]
     decoding = start_decoding(
-        tiny,
-        jnp.asarray([[1, 2, 3]]),
-        jnp.asarray([3]),
-        end_tokens,
-        jax.random.split(jax.random.key(0), 1),
-        Greedy(),
-        active=jnp.asarray([True]),
-        capacity=64,
-        kv=kv,
-        max_new_tokens=32,
+        tiny, jnp.asarray([[1, 2, 3]]), jnp.asarray([3]), rows, capacity=64, kv=kv, max_new_tokens=32
     )
-    decoding = continue_decoding(tiny, decoding, end_tokens, Greedy(), jnp.int32(30))
-    assert int(decoding.steps) == place + 1
+    decoding = continue_decoding(tiny, decoding, jnp.int32(30))
+    assert decoding.counts.tolist() == [place + 1]
+    assert decoding.tokens[0, : place + 2].tolist() == [*unended[: place + 1], 0]
     assert decoding.state.lengths.tolist() == [3 + place]
+
+
+REQUESTS = [
+    GenerationSettings(30),
+    GenerationSettings(7, temperature=1.0, top_k=5, seed=3),
+    GenerationSettings(20, temperature=0.7, top_p=0.6, seed=4, repetition_penalty=1.3),
+    GenerationSettings(1, temperature=2.0, min_p=0.1),
+    GenerationSettings(25, temperature=1.5, seed=2**40),
+]
+
+
+def test_rows_of_different_requests_get_what_each_gets_alone(tiny):
+    """One program, in which each row has its own limit, end tokens, sampling and random numbers."""
+    prompts = [[1, 2, 3], [9] * 20, [4, 5], [7], list(range(30, 60))]
+    first = kivi_jax.generate(tiny, [prompts[0]], settings=REQUESTS[0])[0].tokens
+    end_tokens = [[first[11]], [], [], [], []]
+    expected = [
+        kivi_jax.generate(dataclasses.replace(tiny, end_tokens=tuple(ends)), [prompt], settings=settings)[0]
+        for prompt, settings, ends in zip(prompts, REQUESTS, end_tokens, strict=True)
+    ]
+    zero = np.zeros(1, np.int32)
+    each = [make_rows(*request, zero, zero, 1) for request in zip(REQUESTS, end_tokens, strict=True)]
+    rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *each)
+    batch = PromptBatch.pad(prompts, 32)
+    tokens, lengths = jnp.asarray(batch.tokens[:5]), jnp.asarray(batch.lengths[:5])
+    kv = kivi_jax.kv.PRESETS["kivi2"]
+    decoding = start_decoding(
+        tiny, tokens, lengths, rows, capacity=64, kv=kv, max_new_tokens=32, penalized=True
+    )
+    for steps in (4, 1, 9, 30):
+        decoding = continue_decoding(tiny, decoding, jnp.int32(steps))
+    assert not decoding.active.any()
+    for row, completion in enumerate(expected):
+        written = decoding.tokens[row, : int(decoding.counts[row])].tolist()
+        ended = completion.finish_reason == "stop"
+        assert written == completion.tokens + [first[11]] * ended
+    assert expected[0].finish_reason == "stop"
+    # What the state holds is the prompt and all but the newest token, whenever a row ended.
+    assert decoding.state.lengths.tolist() == (lengths + decoding.counts - 1).tolist()
 
 
 def test_rows_of_one_prompt_begin_with_equal_states(tiny):
@@ -46,10 +79,7 @@ def test_rows_of_one_prompt_begin_with_equal_states(tiny):
         tiny,
         jnp.asarray([[1] * 40, [2] * 40, [3] * 40]),
         jnp.asarray([40, 39, 38]),
-        jnp.asarray([], jnp.int32),
-        jax.random.split(jax.random.key(0), 4),
-        Greedy(),
-        active=jnp.ones(4, bool),
+        greedy_rows(4, 16),
         capacity=48,
         kv=KVConfig(2, 2, 32, 32),
         max_new_tokens=16,
@@ -89,10 +119,10 @@ def test_decoding_is_interrupted_soon(tiny, monkeypatch, seconds):
     expected = kivi_jax.generate(tiny, [[1, 2, 3]], max_new_tokens=200)
     clock, made = [0.0], []
 
-    def recorder(params, decoding, end_tokens, sampler, until):
-        made.append(int(until) - int(decoding.steps))
+    def recorder(params, decoding, steps):
+        made.append(int(steps))
         clock[0] += seconds * made[-1]
-        return continue_decoding(params, decoding, end_tokens, sampler, until)
+        return continue_decoding(params, decoding, steps)
 
     monkeypatch.setattr(loop, "continue_decoding", recorder)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
@@ -141,6 +171,19 @@ def test_new_settings_do_not_compile(tiny):
     kivi_jax.generate(
         tiny, [[1]], temperature=2.0, top_k=1, top_p=0.1, min_p=1.0, repetition_penalty=0.5, n=3, **settings
     )
+    assert (start_decoding._cache_size(), continue_decoding._cache_size()) == compiled
+
+
+def test_greedy_and_sampled_requests_are_one_program(tiny):
+    kivi_jax.generate(tiny, [[1]], max_new_tokens=20)
+    compiled = start_decoding._cache_size(), continue_decoding._cache_size()
+    for settings in (
+        {"temperature": 1.0},
+        {"temperature": 0.5, "top_p": 0.5},
+        {"top_k": 3},
+        {"ignore_eos": True},
+    ):
+        kivi_jax.generate(tiny, [[1]], max_new_tokens=20, **settings)
     assert (start_decoding._cache_size(), continue_decoding._cache_size()) == compiled
 
 

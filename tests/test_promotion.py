@@ -12,7 +12,7 @@ import kivi_jax
 from kivi_jax.kv import dequantize_keys, dequantize_values, quantize_keys, quantize_values
 from kivi_jax.model import Params
 from kivi_jax.request import GenerationSettings
-from kivi_jax.sampling import make_sampler
+from kivi_jax.sampling import make_sampling
 from tests.tiny_checkpoint import write_checkpoint
 
 SETTINGS = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
@@ -64,8 +64,8 @@ def by_hand(params: Params) -> list[jax.Array]:
     results.append(logits)
     logits, state = kivi_jax.decode_step(params, jnp.array([1, 2], jnp.int32), state)
     keys = jax.random.split(jax.random.key(0), 2)
-    samplers = (make_sampler(GenerationSettings(temperature=t, top_k=5, top_p=0.5)) for t in (0.0, 0.5))
-    return [*results, logits, *(sampler(logits, keys) for sampler in samplers)]
+    samplings = (make_sampling(GenerationSettings(temperature=t, top_k=5, top_p=0.5)) for t in (0.0, 0.5))
+    return [*results, logits, *(sampling(logits, keys) for sampling in samplings)]
 
 
 def codes_and_back(_: Params) -> list[jax.Array]:

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from kivi_jax.request import GenerationSettings
-from kivi_jax.sampling import Sampler, make_sampler
+from kivi_jax.sampling import Sampling, make_sampling
 
 
-def of(temperature, top_k=None, top_p=None, **settings) -> Sampler:
-    return make_sampler(GenerationSettings(temperature=temperature, top_k=top_k, top_p=top_p, **settings))
+def of(temperature, top_k=None, top_p=None, **settings) -> Sampling:
+    return make_sampling(GenerationSettings(temperature=temperature, top_k=top_k, top_p=top_p, **settings))
 
 
 def draw(sampler, logits, draws):
@@ -177,9 +177,10 @@ def test_samples_follow_the_cut_distribution():
 def test_penalty_also_moves_the_greedy_choice():
     logits = jnp.asarray([[2.0, 3.0, -1.0], [-2.0, -3.0, -1.5]])
     seen = jnp.asarray([[False, True, False], [False, False, True]])
-    assert of(0.0)(logits, None, seen).tolist() == [1, 2]
-    assert of(0.0, repetition_penalty=2.0)(logits, None, seen).tolist() == [0, 0]
-    assert of(0.0, repetition_penalty=0.5)(logits, None, seen).tolist() == [1, 2]
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert of(0.0)(logits, keys, seen).tolist() == [1, 2]
+    assert of(0.0, repetition_penalty=2.0)(logits, keys, seen).tolist() == [0, 0]
+    assert of(0.0, repetition_penalty=0.5)(logits, keys, seen).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -211,3 +212,27 @@ def test_settings_out_of_range_are_refused(settings, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
     with pytest.raises(ValueError, match=message):
         of(**settings)
+
+
+def test_every_row_has_its_own_sampling():
+    """Rows of one call choose as each does alone, greedy ones among them."""
+    generator = np.random.default_rng(0)
+    logits = jnp.asarray(generator.standard_normal((6, 40)) * 3, jnp.float32)
+    seen = jnp.asarray(generator.random((6, 40)) < 0.3)
+    keys = jax.random.split(jax.random.key(1), 6)
+    each = [
+        of(0.0),
+        of(1.0, 3, 0.5),
+        of(2.0, min_p=0.2),
+        of(0.5, repetition_penalty=1.7),
+        of(0.0, repetition_penalty=3.0),
+        of(1e6),
+    ]
+    together = jax.tree.map(lambda *values: jnp.stack(values), *each)
+    expected = [
+        int(one(logits[row, None], keys[row, None], seen[row, None])[0]) for row, one in enumerate(each)
+    ]
+    assert together(logits, keys, seen).tolist() == expected
+    scores = together.scores(logits, seen)
+    for row, one in enumerate(each):
+        np.testing.assert_array_equal(scores[row], one.scores(logits[row, None], seen[row, None])[0])

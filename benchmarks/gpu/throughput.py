@@ -21,7 +21,7 @@ from kivi_jax import KVConfig
 from kivi_jax.decoding import continue_decoding, start_decoding
 from kivi_jax.kv.config import PRESETS, UNQUANTIZED_BITS
 from kivi_jax.models.llama import LlamaConfig
-from kivi_jax.sampling import Greedy
+from kivi_jax.rows import Rows, greedy_rows
 from tools.offline.abstract_models import MODELS, abstract_params, array_bytes
 
 PADDED_TO = 64  # tokens of a prompt; `generate` pads to as much or more
@@ -66,35 +66,27 @@ class Load:
         )
 
     def programs(self, batch: int) -> "Programs":
-        tokens, lengths, end_tokens, keys, active = jax.eval_shape(lambda: self.arguments(batch))
         first = start_decoding.lower(
             self.params,
-            tokens,
-            lengths,
-            end_tokens,
-            keys,
-            Greedy(),
-            active=active,
+            *jax.eval_shape(lambda: self.arguments(batch)),
             capacity=self.capacity,
             kv=self.kv,
             max_new_tokens=self.new,
         )
         decoding = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first.out_info)
-        until = jax.ShapeDtypeStruct((), jnp.int32)
-        loop = continue_decoding.lower(self.params, decoding, end_tokens, Greedy(), until)
+        steps = jax.ShapeDtypeStruct((), jnp.int32)
+        loop = continue_decoding.lower(self.params, decoding, steps)
         with ThreadPoolExecutor() as pool:
             return Programs(*pool.map(lambda lowered: lowered.compile(), (first, loop)))
 
-    def arguments(self, batch: int) -> tuple[Array, Array, Array, Array, Array]:
-        """Random prompts, their lengths, no end tokens, random keys, and all rows active."""
+    def arguments(self, batch: int) -> tuple[Array, Array, Rows]:
+        """Random prompts, their lengths, and greedy rows that no token ends."""
         padded = -(-self.prompt // PADDED_TO) * PADDED_TO
         key = jax.random.key(0)
         return (
             jax.random.randint(key, (batch, padded), 0, self.params.config.vocab_size, jnp.int32),
             jnp.full(batch, self.prompt, jnp.int32),
-            jnp.zeros(0, jnp.int32),
-            jax.random.split(key, batch),
-            jnp.ones(batch, bool),
+            greedy_rows(batch, self.new),
         )
 
 
@@ -209,25 +201,21 @@ def measure(
 
 def generate(load: Load, programs: Programs, batch: int) -> Record:
     params = random_params(load.params)
-    tokens, lengths, end_tokens, keys, active = jax.block_until_ready(load.arguments(batch))
+    arguments = jax.block_until_ready(load.arguments(batch))
 
-    def run(until: int) -> tuple[int, list[float]]:
+    def run(steps: int) -> tuple[int, list[float]]:
         times = [time.perf_counter()]
-        decoding = jax.block_until_ready(
-            programs.first(params, tokens, lengths, end_tokens, keys, Greedy(), active=active)
-        )
+        decoding = jax.block_until_ready(programs.first(params, *arguments))
         times.append(time.perf_counter())
-        decoding = jax.block_until_ready(
-            programs.loop(params, decoding, end_tokens, Greedy(), jnp.int32(until))
-        )
+        decoding = jax.block_until_ready(programs.loop(params, decoding, jnp.int32(steps)))
         times.append(time.perf_counter())
-        return int(decoding.steps), times
+        return int(decoding.counts.min()), times
 
-    run(2)  # what is only done once is done
+    run(1)  # what is only done once is done
     gc.collect()
-    steps, (began, prefilled, ended) = run(load.new)
-    if steps != load.new:
-        raise RuntimeError(f"{steps} tokens a row were generated, not {load.new}")
+    generated, (began, prefilled, ended) = run(load.new - 1)
+    if generated != load.new:
+        raise RuntimeError(f"{generated} tokens a row were generated, not {load.new}")
     return {
         "prefill_seconds": prefilled - began,
         "decode_seconds": ended - prefilled,

@@ -13,7 +13,7 @@ from kivi_jax.kv import KVConfig
 from kivi_jax.models.falcon import FalconConfig
 from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import Config
-from kivi_jax.sampling import Greedy
+from kivi_jax.rows import greedy_rows
 
 MODELS = {
     "llama-3.2-1b": LlamaConfig(
@@ -104,11 +104,11 @@ def abstract_decoding(
     """The decode loop's carry, on the mesh of `params` if there is one."""
     decoding = Decoding(
         state=jax.eval_shape(lambda: kivi_jax.init_state(params, batch, capacity, kv)),
+        rows=jax.eval_shape(lambda: greedy_rows(batch, tokens)),
         tokens=jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
-        steps=jax.ShapeDtypeStruct((), jnp.int32),
+        counts=jax.ShapeDtypeStruct((batch,), jnp.int32),
         last=jax.ShapeDtypeStruct((batch,), jnp.int32),
         active=jax.ShapeDtypeStruct((batch,), bool),
-        rngs=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
     )
     if params.mesh is None:
         return decoding
@@ -117,11 +117,9 @@ def abstract_decoding(
 
 
 def loop_arguments(params: kivi_jax.Params, decoding: Decoding) -> tuple[Any, ...]:
-    """Arguments of `continue_decoding`: greedy, with one end token."""
+    """Arguments of `continue_decoding`."""
     everywhere = None if params.mesh is None else NamedSharding(params.mesh, PartitionSpec())
-    end_tokens = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=everywhere)
-    until = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    return params, decoding, end_tokens, Greedy(), until
+    return params, decoding, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
 
 
 def array_bytes(tree: Any) -> int:

@@ -15,7 +15,7 @@ from kivi_jax.kv.config import resolve_kv
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.models.registry import FAMILIES, Config
 from kivi_jax.pallas_kernels.heads import Heads
-from kivi_jax.sampling import Greedy
+from kivi_jax.rows import Rows, greedy_rows
 from tools.offline.abstract_models import abstract_decoding, abstract_params, array_bytes, loop_arguments
 from tools.offline.compiler import Program
 
@@ -100,27 +100,22 @@ def prefill(
 ) -> Program:
     """What comes before the loop: a state is made, and prompts of `prompt` tokens are stored in it."""
 
-    def start(
-        params: kivi_jax.Params, tokens: Array, lengths: Array, end_tokens: Array, keys: Array
-    ) -> Decoding:
+    def start(params: kivi_jax.Params, tokens: Array, lengths: Array, rows: Rows) -> Decoding:
         return start_decoding(
             params,
             tokens,
             lengths,
-            end_tokens,
-            keys,
-            Greedy(),
-            active=lengths > 0,
+            rows,
             capacity=capacity,
             kv=resolve_kv(read_kv(kv), params.config.head_dim, params.config.num_layers),
             max_new_tokens=128,
         )
 
     tokens = jax.ShapeDtypeStruct((batch, prompt), jnp.int32)
-    lengths, end_tokens = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (batch, 1))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    rows = jax.eval_shape(lambda: greedy_rows(batch, 128))
     params = abstract_params(model_type, read_config(model_type, config))
-    return Program(name, start, (params, tokens, lengths, end_tokens, keys))
+    return Program(name, start, (params, tokens, lengths, rows))
 
 
 def loop_state(model_type: str, config: dict[str, Any], kv: str, batch: int, capacity: int) -> KVState:
