@@ -135,8 +135,6 @@ def continue_decoding(
     until: Int[Array, ""],
 ) -> Decoding:
     """Generates until `until` tokens a row are there or every row has ended; the state is updated in place."""
-
-    # On a mesh always in the same places, so that the loop is compiled once and its state stays split.
     partition = params.partition(decoding.active.size)
 
     def unfinished(decoding: Decoding) -> Array:
