@@ -90,7 +90,7 @@ def write_checkpoint(folder: Path, hidden: int, layers: int, vocab: int, shards:
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = dict(names[len(names) * shard // shards : len(names) * (shard + 1) // shards])
-        # Uniform in ±0.02, made from random bytes: normal numbers would take most of the script's time.
+        # Uniform in ±0.02, made from random bytes: normal numbers would take most of the program's time.
         save_file(
             {
                 name: (generator.integers(-128, 128, shape, np.int8) * np.float32(0.02 / 128)).astype(

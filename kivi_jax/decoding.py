@@ -117,7 +117,6 @@ def begin_decoding(
 @functools.partial(jit_of_params, donate_argnames="decoding")
 def continue_decoding(params: Params, decoding: Decoding, steps: Int[Array, ""]) -> Decoding:
     """Generates up to `steps` more tokens a row, until every row has ended; the state is updated in place."""
-    # On a mesh always in the same places, so that the loop is compiled once and its state stays split.
     partition = params.partition(decoding.active.size)
 
     def unfinished(carry: tuple[Array, Decoding]) -> Array:

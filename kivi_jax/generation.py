@@ -163,6 +163,8 @@ def stream(
         TypeError, ValueError: as `generate`, or `every` is less than 1; both at once, before anything is generated.
     """
     if "chunk" in options:
+        if every != STREAM_TOKENS:
+            raise TypeError("stream's argument chunk is the former name of every; give one of them")
         warnings.warn("stream's argument chunk is now called every", DeprecationWarning, stacklevel=2)
         every = options.pop("chunk")  # type: ignore[typeddict-item]
     settings = make_settings(settings, n, **options)

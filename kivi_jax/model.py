@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import jax
 from flax import nnx
@@ -16,7 +16,7 @@ from kivi_jax.partition import Partition, make_partition
 from kivi_jax.promotion import with_usual_promotion
 
 Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
 @functools.partial(
@@ -82,33 +82,36 @@ class Params:
         return dataclasses.replace(self, end_tokens=(), tokenizer=None, sampling_defaults=())
 
 
+class Compiled(Protocol[Arguments, Result_co]):
+    """A function of the model and other arguments, compiled as `jax.jit` compiles it and with its methods."""
+
+    def __call__(self, params: Params, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result_co: ...
+
+    lower: Callable[..., Any]
+    trace: Callable[..., Any]
+    eval_shape: Callable[..., Any]
+    clear_cache: Callable[[], None]
+
+
 def jit_of_params(
-    function: Callable[Concatenate[Params, Arguments], Result],
+    function: Callable[Concatenate[Params, Arguments], Result_co],
     *,
     static_argnames: str | Iterable[str] = (),
     donate_argnames: str | Iterable[str] = (),
-) -> Callable[Concatenate[Params, Arguments], Result]:
+) -> Compiled[Arguments, Result_co]:
     """`jax.jit` of a function whose first argument is the model, computed with JAX's usual promotion.
 
-    What only texts need is left out, so that another tokenizer or end token is not another compilation. Like what
-    `jax.jit` returns, this has `lower` and `trace`.
+    A call leaves out what only texts need, so that another tokenizer or end token is not another compilation. What is
+    lowered or traced is for a model just as it is given.
     """
     jitted: Any = jax.jit(
         with_usual_promotion(function), static_argnames=static_argnames, donate_argnames=donate_argnames
     )
 
-    def without_text(call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def called(params: Params, *args: Any, **kwargs: Any) -> Any:
-            return call(params.without_text(), *args, **kwargs)
+    @functools.wraps(function)
+    def compiled(params: Params, *args: Any, **kwargs: Any) -> Any:
+        return jitted(params.without_text(), *args, **kwargs)
 
-        return called
-
-    compiled = without_text(jitted)
-    for name, value in {
-        "lower": without_text(jitted.lower),
-        "trace": without_text(jitted.trace),
-        "_cache_size": jitted._cache_size,
-    }.items():
-        setattr(compiled, name, value)
-    return compiled
+    for name in ("lower", "trace", "eval_shape", "clear_cache", "_cache_size"):
+        setattr(compiled, name, getattr(jitted, name))
+    return cast(Compiled[Arguments, Result_co], compiled)

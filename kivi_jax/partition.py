@@ -97,7 +97,7 @@ class Partition:
         )(state, *per_row)
 
     def place(self, tree: Any) -> Any:
-        """`tree` where `shardings` says that it belongs."""
+        """`tree` where `shardings` says that it belongs: always there, so that what takes it is compiled once."""
         if self.mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))

@@ -47,18 +47,16 @@ class GenerationSettings:
     """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
+    temperature: float | int = 0.0
     top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    top_p: float | int | None = None
+    min_p: float | int | None = None
+    repetition_penalty: float | int = 1.0
     seed: int = 0
     n: int | None = None
     stop: str | Sequence[str] | None = None
     logprobs: bool = False
     ignore_eos: bool = False
-
-    __no_type_check__ = True  # it checks for itself
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -110,7 +108,7 @@ class GenerationSettings:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings, however they were given."""
+        """What `stop` is once it is checked, also for type checkers."""
         return tuple(self.stop or ())
 
 
@@ -121,10 +119,15 @@ def make_settings(
 
     Raises:
         TypeError: there is no such option.
-        ValueError: as `GenerationSettings`.
+        ValueError: as `GenerationSettings`, or `settings` are none.
     """
+    if settings is not None and not isinstance(settings, GenerationSettings):
+        raise ValueError(f"settings must be GenerationSettings or None, got {settings!r}")
     known = [field.name for field in dataclasses.fields(GenerationSettings)]
     if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"there is no option {unknown[0]!r}; options are {', '.join(known)}")
+        raise TypeError(
+            f"there is no option {unknown[0]!r}; options are {', '.join(known)}, chat_template, prefill_chunk, "
+            f"and in stream every"
+        )
     changes: dict[str, Any] = {**options} if n is None else {**options, "n": n}
-    return dataclasses.replace(settings or GenerationSettings(), **changes)
+    return dataclasses.replace(GenerationSettings() if settings is None else settings, **changes)

@@ -81,7 +81,7 @@ def test_chunks_follow_the_original_rules(tmp_path, config):
 
 def test_chunks_equal_one_prefill_but_for_the_stored_past(tiny):
     """With exact storage everything is equal. With 2 bits, the first layer's keys and values are, which no attention
-    comes before, and all of it as long as the past fits the exact window; later layers' differ by what attending the
+    comes before, and all of it as long as the past fits the ring; later layers' differ by what attending the
     quantized past changes.
     """
     tokens, lengths = ragged_prompts([150, 97])
@@ -287,6 +287,7 @@ def test_row_does_not_depend_on_its_neighbours(tiny, kv):
 
 
 @pytest.mark.parametrize("kv", ["bf16", KVConfig(2, 2, 32, 32)], ids=str)
+@pytest.mark.usefixtures("optimized")
 def test_row_is_the_same_bit_for_bit_beside_others(tiny, kv):
     """In a batch of the same shape, with neighbours of other tokens and lengths."""
     generator = np.random.default_rng(5)

@@ -264,7 +264,7 @@ def test_bad_input_is_one_clear_error(tiny, prompts, options, message, monkeypat
 
 
 def test_prompts_in_chunks_complete_alike(tiny):
-    """Exactly with exact storage, and from a prompt that the exact window holds with any."""
+    """Exactly with exact storage, and from a prompt that the ring holds with any."""
     for kv, prompts in (("bf16", PROMPTS), ("kivi2", PROMPTS[:2])):
         whole = kivi_jax.generate(tiny, prompts, kv, max_new_tokens=12, logprobs=True)
         for size in (16, 33, 1000):

@@ -187,6 +187,20 @@ def test_greedy_and_sampled_requests_are_one_program(tiny):
     assert (start_decoding._cache_size(), continue_decoding._cache_size()) == compiled
 
 
+def test_programs_compiled_ahead_of_time_take_the_model_they_are_for(lettered):
+    """Public functions have the methods of what `jax.jit` returns, for models with texts, too."""
+    params = dataclasses.replace(lettered, end_tokens=(3,))
+    state = kivi_jax.init_state(params, 1, 16)
+    token = jnp.asarray([1])
+    expected, _ = kivi_jax.decode_step(params, token, state)
+    for compiled in (
+        kivi_jax.decode_step.lower(params, token, state).compile(),
+        kivi_jax.decode_step.trace(params, token, state).lower().compile(),
+    ):
+        np.testing.assert_array_equal(compiled(params, token, state)[0], expected)
+    assert kivi_jax.decode_step.eval_shape(params, token, state)[0].shape == expected.shape
+
+
 def test_texts_are_no_part_of_compiled_programs(tiny):
     """Another tokenizer, other end tokens or sampling defaults are the same programs, also one's own calls."""
 

@@ -1,12 +1,14 @@
 """Settings, and the two ways to give them."""
 
 import dataclasses
+import typing
 
+import jaxtyping
 import numpy as np
 import pytest
 
 import kivi_jax
-from kivi_jax import GenerationSettings
+from kivi_jax import GenerationSettings, KVConfig
 from kivi_jax.request import GenerationOptions, make_settings
 
 
@@ -24,7 +26,8 @@ def test_options_change_settings():
         make_settings(settings, None, temperature=0)
 
 
-def test_numbers_of_any_library():
+def test_numbers_of_any_library(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
     settings = GenerationSettings(
         np.int64(3), temperature=np.float32(0.5), logprobs=np.True_, stop=iter("ab")
     )
@@ -44,9 +47,21 @@ def test_numbers_of_any_library():
         ({"seed": 2**64}, "seed must fit 64 bits"),
     ],
 )
-def test_bad_settings_are_one_clear_error(options, message):
+def test_bad_settings_are_one_clear_error(options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**options)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, 64, KVConfig(2, 2)], ids=str)
+def test_other_things_are_no_settings(tiny, settings, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="settings must be GenerationSettings or None, got"):
+        kivi_jax.generate(tiny, [[1]], "kivi2", settings)
+
+
+def test_type_hints_can_be_read():
+    assert typing.get_type_hints(GenerationSettings)["max_new_tokens"] is int
 
 
 def test_unknown_options_are_named(tiny):

@@ -27,7 +27,7 @@ class DenseLayer(Layer):
     v: Float[Array, "B H S D"]
     sliding_window: int | None = None
 
-    packed: ClassVar[bool] = False
+    has_kernels: ClassVar[bool] = False
     flush_every: ClassVar[int | None] = None
     __no_type_check__ = True  # for JAX, whose trees hold shapes and shardings in the places of arrays
 

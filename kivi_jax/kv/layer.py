@@ -41,11 +41,11 @@ class Layer(abc.ABC):
     here are right for storage whose arrays are all `[B, H, ...]`.
 
     Attributes:
-        packed: whether the decode kernels read it; they know the arrays of `QuantizedLayer`.
+        has_kernels: whether the decode kernels read it, which know the arrays of `QuantizedLayer` only.
         sliding_window: how many of the newest tokens are attended, the new one included; None for all.
     """
 
-    packed: ClassVar[bool]
+    has_kernels: ClassVar[bool]
     sliding_window: int | None
 
     @property

@@ -83,7 +83,7 @@ class QuantizedLayer(Layer):
     config: KVConfig
     sliding_window: int | None = None
 
-    packed: ClassVar[bool] = True
+    has_kernels: ClassVar[bool] = True
     __no_type_check__ = True  # for JAX, whose trees hold shapes and shardings in the places of arrays
 
     @classmethod

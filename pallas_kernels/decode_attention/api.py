@@ -88,7 +88,7 @@ def _dispatch(
         interpreted = functools.partial(kernel.module.decode_attention, interpret=True)
         compiled = {kernel.platform: kernel.module.decode_attention}
         return jax.lax.platform_dependent(*arguments, **compiled, default=interpreted)
-    if implementation == "auto" and layer.packed and q.shape[1] == 1:
+    if implementation == "auto" and layer.has_kernels and q.shape[1] == 1:
         # For the platform that the program is compiled for, which need not be the one it is traced on.
         fitting = {kernel.platform: kernel.module.decode_attention for kernel in _fitting_kernels(q, layer)}
         return jax.lax.platform_dependent(*arguments, **fitting, default=xla.decode_attention)
@@ -97,7 +97,7 @@ def _dispatch(
 
 def check_kernel_takes(kernel: Kernel, q: Float[Array, "B T Hq D"], layer: Layer) -> None:
     """Raises NotImplementedError with what the kernel does not cover, if there is something."""
-    if not layer.packed:
+    if not layer.has_kernels:
         raise NotImplementedError(f"the {kernel.backend.upper()} kernel reads quantized layers only")
     if q.shape[1] != 1:
         raise NotImplementedError(

@@ -202,7 +202,7 @@ def test_pytorch_attends_the_same(order, folded):
     cache = [torch.from_numpy(x) for x in (k, v)]
     if order == "BTHD":
         cache = [x.swapaxes(1, 2).contiguous().swapaxes(1, 2) for x in cache]
-    out = gpu_torch.attend(torch.from_numpy(q), tuple(cache), gpu_torch.BACKENDS["math"], folded)
+    out = gpu_torch.attend(torch.from_numpy(q), tuple(cache), torch.nn.attention.SDPBackend.MATH, folded)
     expected = np.stack([softmax_attention(*row)[:, 0] for row in zip(q[:, :, None], k, v, strict=True)])
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
 

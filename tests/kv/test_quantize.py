@@ -8,6 +8,9 @@ from kivi_jax.kv import dequantize_keys, dequantize_values, quantize_keys, quant
 from tests.further import further
 from tools.oracle.numpy_kivi import fake_quantize
 
+# Divisions are among what the compiler optimizes.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 
 

@@ -72,7 +72,7 @@ def test_holds_what_the_rules_say_whatever_the_way_in(config, head_dim):
 
 
 def test_bytes_of_the_paper_setting():
-    """D = 128, G = 32, R = 128, capacity 4096: 3 of 16 bits packed, and the exact window."""
+    """D = 128, G = 32, R = 128, capacity 4096: 3 of 16 bits packed, and the ring."""
     quantized = jax.eval_shape(lambda: empty_state(2, 4, 8, 4096, 128, PRESETS["kivi2"], jnp.bfloat16))
     exact = jax.eval_shape(lambda: empty_state(2, 4, 8, 4096, 128, PRESETS["bf16"], jnp.bfloat16))
     dense_bytes = 2 * 2 * 4 * 8 * 4096 * 128 * 2

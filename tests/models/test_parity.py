@@ -49,6 +49,7 @@ def test_the_module_without_a_state(golden: Golden):
     assert error_alone(golden) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("optimized")
 def test_prefill_and_every_decode_step(golden: Golden):
     assert golden.steps >= 20
     prefill, decode = errors_cached(golden)
