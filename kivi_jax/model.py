@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 from flax import nnx
@@ -82,6 +82,7 @@ class Params:
         return dataclasses.replace(self, end_tokens=(), tokenizer=None, sampling_defaults=())
 
 
+@runtime_checkable
 class Compiled(Protocol[Arguments, Result_co]):
     """A function of the model and other arguments, compiled as `jax.jit` compiles it and with its methods."""
 
