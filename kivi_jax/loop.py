@@ -72,7 +72,7 @@ def _read(
 
     return [
         done if done.finish_reason else read(row, reader)
-        for row, done, reader in zip(batch.rows, completions, readers, strict=True)
+        for row, done, reader in zip(batch.rows.tolist(), completions, readers, strict=True)
     ]
 
 
