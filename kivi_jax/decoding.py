@@ -12,6 +12,7 @@ from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.state import KVState
 from kivi_jax.model import Params, jit_of_params
 from kivi_jax.rows import Rows
+from kivi_jax.sampling import likeliest
 from kivi_jax.steps import append_token, new_state, prefill_in_chunks
 
 # In place of the token of a row whose activations overflowed.
@@ -137,7 +138,8 @@ def _take_token(decoding: Decoding, logits: Float[Array, "B vocab"]) -> Decoding
     rows, counts, active = decoding.rows, decoding.counts, decoding.active
     rngs = jax.vmap(jax.random.fold_in)(rows.rngs, counts)
     failed = ~jnp.isfinite(logits).all(-1)
-    token = jnp.where(failed, NO_TOKEN, rows.sampling(logits, rngs, decoding.seen))
+    chosen = likeliest(logits) if rows.sampling is None else rows.sampling(logits, rngs, decoding.seen)
+    token = jnp.where(failed, NO_TOKEN, chosen)
     ended = failed | (token[:, None] == rows.end_tokens).any(-1) | (counts + 1 >= rows.limits)
     batch, columns = jnp.arange(counts.size), jnp.where(active, counts, decoding.tokens.shape[1])
     logprobs, seen = decoding.logprobs, decoding.seen

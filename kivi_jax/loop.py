@@ -91,6 +91,8 @@ def _start(
     rows = make_rows(settings, readers[0].end_tokens, places, batch.samples, len(readers))
     columns = bucket(settings.max_new_tokens, least=16)
     penalized = settings.repetition_penalty != 1
+    if settings.temperature == 0 and not penalized:
+        rows = dataclasses.replace(rows, sampling=None)
     if len(batch.groups) == 1:
         return start_decoding(
             params,

@@ -27,13 +27,14 @@ class Rows:
         rngs: a random key, of which each of the row's tokens gets its own.
         limits: most tokens to generate; 0 for a row that only fills up the batch.
         end_tokens: tokens that end the row, padded with -1.
-        sampling: how its tokens are chosen.
+        sampling: how its tokens are chosen; None if all rows just take the most likely ones, for which the program is
+            smaller, and needs no memory for probabilities.
     """
 
     rngs: Key[Array, " B"]
     limits: Int[Array, " B"]
     end_tokens: Int[Array, "B E"]
-    sampling: Sampling
+    sampling: Sampling | None
 
     __no_type_check__ = True  # for JAX, whose trees hold shapes and shardings in the places of arrays
 
@@ -68,9 +69,9 @@ def make_rows(
 
 def greedy_rows(batch: int, limit: int, end_tokens: Sequence[int] = ()) -> Rows:
     """Rows that take the most likely tokens."""
-    settings = GenerationSettings(limit)
     places = np.arange(batch, dtype=np.int32)
-    return make_rows(settings, end_tokens, places, np.zeros_like(places), batch)
+    rows = make_rows(GenerationSettings(limit), end_tokens, places, np.zeros_like(places), batch)
+    return dataclasses.replace(rows, sampling=None)
 
 
 def pad_end_tokens(tokens: Sequence[int]) -> tuple[int, ...]:

@@ -60,13 +60,12 @@ class Sampling:
     ) -> Int[Array, " B"]:
         """One token a row. Without `seen`, the tokens that a row has already, no row's repetition is penalized."""
         logits = penalize(logits, seen, self.repetition_penalty)
-        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         def draw() -> Array:
             drawn = jax.vmap(jax.random.categorical)(rngs, self._cut(logits)).astype(jnp.int32)
-            return jnp.where(self.temperature == 0, likeliest, drawn)
+            return jnp.where(self.temperature == 0, likeliest(logits), drawn)
 
-        return jax.lax.cond(jnp.any(self.temperature > 0), draw, lambda: likeliest)
+        return jax.lax.cond(jnp.any(self.temperature > 0), draw, lambda: likeliest(logits))
 
     @with_usual_promotion
     def scores(
@@ -78,7 +77,7 @@ class Sampling:
     def _cut(self, logits: Float[Array, "B vocab"]) -> Float[Array, "B vocab"]:
         logits = logits / jnp.maximum(self.temperature, LEAST_TEMPERATURE)[..., None]
         ranks = _flip_negatives(jax.lax.bitcast_convert_type(logits, jnp.int32))
-        nothing = jnp.full((logits.shape[0], 1), -jnp.inf)
+        nothing = jnp.full((logits.shape[0], 1), -jnp.inf, jnp.float32)
         top_k, top_p, min_p = (x[..., None] for x in (self.top_k, self.top_p, self.min_p))
 
         def least_of_top_k() -> Array:
@@ -122,6 +121,11 @@ def _largest(
 def _flip_negatives(bits: Int[Array, "B n"]) -> Int[Array, "B n"]:
     """Between the bits of floats, which order negative ones backwards, and integers in the order of the floats."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def likeliest(logits: Float[Array, "B vocab"]) -> Int[Array, " B"]:
+    """The most likely token of each row, of equals the one with the lowest id."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def penalize(

@@ -112,7 +112,7 @@ def test_what_is_split(heads, mesh, batch, split):
         further(llama(4, 4), MODEL, 2, 1 / 4),
         further(llama(8, 4), BOTH, 4, 1 / 4),
         (llama(8, 2), MODEL, 2, 1),  # as Llama 3 on 16: a device's query heads read one KV head
-        (llama(8, 2), BOTH, 3, 1 / 2),  # three rows are no multiple of two
+        further(llama(8, 2), BOTH, 3, 1 / 2),  # three rows are no multiple of two
         further(falcon(5, 1), MODEL, 2, 1),  # as Falcon 7B's 71 heads
         further(falcon(4, 4, alibi=True), MODEL, 2, 1 / 4),
         (falcon(8, 2, alibi=True, num_norms=2), MODEL, 2, 1),

@@ -146,7 +146,7 @@ def test_stream_grows_into_the_result(lettered):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kv", ["bf16", "kivi2"])
+@pytest.mark.parametrize("kv", [further("bf16"), "kivi2"])
 def test_16_bit_models_follow_float32_ones(tmp_path, kv, dtype):
     """Logits over a prompt and 40 steps; only rounding, and a code that flips by it, tells the dtypes apart."""
     folder = write_checkpoint(tmp_path)

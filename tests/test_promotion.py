@@ -33,6 +33,7 @@ def test_generating(tiny, kv):
         assert kivi_jax.generate(tiny, prompts, kv, **SETTINGS) == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "changes",
     [

@@ -30,6 +30,7 @@ def mesh():
     return Mesh(np.asarray(jax.devices()[:1]), ("model",))
 
 
+@pytest.mark.compiled
 def test_arrays_are_weights_and_state(mesh):
     """Of the whole model, though programs are compiled for one layer."""
     memory = tpu_memory.measure_shapes(TINY, "kivi2", prompt=128, capacity=256, mesh=mesh)
@@ -42,6 +43,7 @@ def test_arrays_are_weights_and_state(mesh):
     assert memory.prefill.fixed > 0
 
 
+@pytest.mark.compiled
 def test_peak_is_that_of_the_whole_program(mesh):
     """At a batch that nothing was compiled for; a tiny model's activations are most of it, so only roughly."""
     memory = tpu_memory.measure_shapes(TINY, "bf16", prompt=128, capacity=256, mesh=mesh)

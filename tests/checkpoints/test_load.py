@@ -300,6 +300,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.compiled
 def test_a_mesh_splits_the_weights_and_changes_no_text(tmp_path):
     config = TINY | {"vocab_size": 104}
     folder = write_checkpoint(tmp_path / "model", random_tensors(config), **config)

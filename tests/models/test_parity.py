@@ -50,9 +50,9 @@ def test_the_module_without_a_state(golden: Golden):
 
 
 @pytest.mark.usefixtures("optimized")
-def test_prefill_and_every_decode_step(golden: Golden):
-    assert golden.steps >= 20
-    prefill, decode = errors_cached(golden)
+def test_prefill_and_every_decode_step(some_golden: Golden):
+    assert some_golden.steps >= 20
+    prefill, decode = errors_cached(some_golden)
     assert prefill <= TOLERANCE
     assert decode <= TOLERANCE
 

@@ -182,7 +182,7 @@ def test_prompts_around_the_residual_length_and_steps(name, kv):
     assert_follows_oracle(logits, expected)
 
 
-@pytest.mark.parametrize("name", ["mistral_window", "falcon_rw"])
+@pytest.mark.parametrize("name", [further("mistral_window"), "falcon_rw"])
 def test_sinks_and_layers_of_their_own(name):
     assert_follows_oracle(*run(name, SINKS))
 
@@ -263,7 +263,7 @@ def test_generates(name, kv):
             assert errors[0] < 1e-4 < errors.mean() < 2
 
 
-@pytest.mark.parametrize("kv", ["bf16", SHORT], ids=["bf16", "short"])
+@pytest.mark.parametrize("kv", [further("bf16"), SHORT], ids=["bf16", "short"])
 @pytest.mark.parametrize("name", EVERY)
 def test_chunks(name, kv):
     """A conversation of ragged turns follows the oracle; without quantization it is also one prompt.
