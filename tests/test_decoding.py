@@ -138,6 +138,7 @@ def test_prefill_in_groups_equals_each_group_alone(tiny, kv):
                 np.testing.assert_allclose(leaf[rows], expected_leaf, atol=1e-5)
 
 
+@pytest.mark.compiled
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kv", ["bf16", "kivi2"])
 def test_memory_of_prefill_does_not_grow_with_the_batch(tiny, kv):
@@ -155,6 +156,7 @@ def test_memory_of_prefill_does_not_grow_with_the_batch(tiny, kv):
     assert temporaries(64) < 1.1 * temporaries(8)
 
 
+@pytest.mark.compiled
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kv", ["bf16", "kivi2"])
 def test_memory_of_prefill_does_not_grow_with_the_layers(tmp_path, kv):
@@ -276,7 +278,9 @@ def row_of(run, row):
     return jax.tree.map(lambda leaf: leaf[row : row + 1], run)
 
 
-@pytest.mark.parametrize("kv", ["bf16", further("kivi4"), "kivi2", KVConfig(2, 2, 32, 32)], ids=str)
+@pytest.mark.parametrize(
+    "kv", [further("bf16"), further("kivi4"), further("kivi2"), KVConfig(2, 2, 32, 32)], ids=str
+)
 def test_row_does_not_depend_on_its_neighbours(tiny, kv):
     tokens, lengths = ragged_prompts([1, 31, 32, 33, 127, 128, 129, 300])
     following = np.random.default_rng(3).integers(0, TINY["vocab_size"], (len(lengths), 40), np.int32)
@@ -345,7 +349,7 @@ def test_step_takes_one_token_a_row(tiny, shape, monkeypatch):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("kv", ["kivi2", "bf16"])
+@pytest.mark.parametrize("kv", ["kivi2", further("bf16")])
 def test_decode_loop_updates_the_state_in_place(kv):
     """Llama 3.2 1B in shape: temporaries are a small part of the state, and all of the state is aliased."""
     shape = MODELS["llama-3.2-1b"]

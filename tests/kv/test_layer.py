@@ -10,6 +10,7 @@ from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.layer import Layer
 from kivi_jax.kv.state import KVState, empty_state
+from tests.further import further
 from tools.oracle.dequantized import decode_state
 
 LENGTHS = jnp.asarray([0, 1, 40, 150])
@@ -19,7 +20,7 @@ storages = pytest.mark.parametrize(
     ("config", "sliding_window"),
     [
         (PRESETS["bf16"], None),
-        (PRESETS["bf16"], 50),
+        further(PRESETS["bf16"], 50),
         (KVConfig(2, 2, 32, 32), None),
         (KVConfig(4, 2, 32, 32, sink_tokens=5), None),
         (KVConfig(2, 2, 32, 32), 50),

@@ -82,7 +82,7 @@ def store_chunk(layer, k, v, lengths, counts):
     return jax.jit(type(layer).append_chunk)(layer, k, v, lengths, counts)
 
 
-@pytest.mark.parametrize("sliding_window", [None, further(20), 33, further(48), further(150)])
+@pytest.mark.parametrize("sliding_window", [*map(further, (None, 20, 48, 150)), 33])
 @pytest.mark.parametrize(
     "config",
     [
@@ -121,7 +121,7 @@ def test_chunks_are_attended_in_blocks(monkeypatch, config):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("sliding_window", [None, 40])
+@pytest.mark.parametrize("sliding_window", [further(None), 40])
 def test_position_biases(sliding_window):
     """ALiBi over a chunk and a dense layer, and over a packed one, whose keys and values are few enough to be exact."""
     slopes = (0.5, 0.25, 0.125, 0.0625)

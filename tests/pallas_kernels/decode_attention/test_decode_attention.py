@@ -57,7 +57,7 @@ def test_lengths_on_both_sides_of_every_block_edge(monkeypatch, block_bytes):
     exactly(KVConfig(2, 2, 32, 32), 4, 2, 128, lengths=[31, 127, 128, 129, 256, 320], capacity=320)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, further(jnp.float16)])
 @pytest.mark.parametrize("head_dim", [64, 128])  # 1/√D is a power of two for one of them
 @pytest.mark.parametrize("kv", ["kivi2", further("kivi4"), "bf16"])
 def test_16_bit_activations(kv, head_dim, dtype):
