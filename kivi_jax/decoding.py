@@ -136,9 +136,12 @@ def continue_decoding(params: Params, decoding: Decoding, steps: Int[Array, ""])
 def _take_token(decoding: Decoding, logits: Float[Array, "B vocab"]) -> Decoding:
     """Chooses the next token of every active row and writes it down."""
     rows, counts, active = decoding.rows, decoding.counts, decoding.active
-    rngs = jax.vmap(jax.random.fold_in)(rows.rngs, counts)
     failed = ~jnp.isfinite(logits).all(-1)
-    chosen = likeliest(logits) if rows.sampling is None else rows.sampling(logits, rngs, decoding.seen)
+    if rows.sampling is None:
+        chosen = likeliest(logits)
+    else:
+        rngs = jax.vmap(jax.random.fold_in)(rows.rngs, counts)
+        chosen = rows.sampling(logits, rngs, decoding.seen)
     token = jnp.where(failed, NO_TOKEN, chosen)
     ended = failed | (token[:, None] == rows.end_tokens).any(-1) | (counts + 1 >= rows.limits)
     batch, columns = jnp.arange(counts.size), jnp.where(active, counts, decoding.tokens.shape[1])

@@ -41,10 +41,12 @@ def _no_programs_of_other_modules():
 
 @pytest.fixture
 def optimized():
-    """For tests of what the compiler makes of a program."""
+    """For tests of what the compiler makes of a program. JAX would take one that it has, however that was compiled."""
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,9 @@ def test_any_way_in_and_any_window_follows_the_rules(config, sliding_window):
         rows.feed(counts, 1, jax.jit(decode_attention), store_one)
 
 
-@pytest.mark.parametrize("config", [PRESETS["bf16"], KVConfig(2, 2, 32, 32)], ids=str)
+@pytest.mark.parametrize(
+    "config", [PRESETS["bf16"], KVConfig(2, 2, 32, 32), KVConfig(2, 2, 32, 96, sink_tokens=70)], ids=str
+)
 def test_chunks_are_attended_in_blocks(monkeypatch, config):
     monkeypatch.setattr(xla, "EXACT_BLOCK", 48)
     monkeypatch.setattr(xla, "BLOCK_BYTES", 1)
