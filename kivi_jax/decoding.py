@@ -31,7 +31,7 @@ class Decoding:
     Attributes:
         state: the KV state, which lacks only the newest token of each row.
         rows: what each row is asked for.
-        tokens: the generated tokens, of each row in its first `counts` columns.
+        tokens: the generated tokens, of each row in its first `counts` columns; the others may hold anything.
         counts: how many tokens each row has.
         last: the newest token.
         active: the rows that have not ended; a row ends at its limit, by one of its end tokens, which stays in
@@ -144,16 +144,16 @@ def _take_token(decoding: Decoding, logits: Float[Array, "B vocab"]) -> Decoding
         chosen = rows.sampling(logits, rngs, decoding.seen)
     token = jnp.where(failed, NO_TOKEN, chosen)
     ended = failed | (token[:, None] == rows.end_tokens).any(-1) | (counts + 1 >= rows.limits)
-    batch, columns = jnp.arange(counts.size), jnp.where(active, counts, decoding.tokens.shape[1])
+    place = (jnp.arange(counts.size), counts)
     logprobs, seen = decoding.logprobs, decoding.seen
     if logprobs is not None:
         taken = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-        logprobs = logprobs.at[batch, columns].set(taken, mode="drop")
+        logprobs = logprobs.at[place].set(taken, mode="drop")
     if seen is not None:
         seen = seen | jax.nn.one_hot(token, seen.shape[-1], dtype=bool)
     return dataclasses.replace(
         decoding,
-        tokens=decoding.tokens.at[batch, columns].set(token, mode="drop"),
+        tokens=decoding.tokens.at[place].set(token, mode="drop"),
         counts=counts + active,
         last=jnp.maximum(token, 0),
         active=active & ~ended,

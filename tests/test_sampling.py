@@ -236,3 +236,10 @@ def test_every_row_has_its_own_sampling():
     scores = together.scores(logits, seen)
     for row, one in enumerate(each):
         np.testing.assert_array_equal(scores[row], one.scores(logits[row, None], seen[row, None])[0])
+
+
+def test_greedy_rows_beside_sampled_ones_take_the_first_of_the_most_likely():
+    """Drawn at a tiny temperature, each of the equals would come up."""
+    greedy, sampled = of(0.0).of_rows(16), of(1.0).of_rows(1)
+    together = jax.tree.map(lambda *values: jnp.concatenate(values), greedy, sampled)
+    assert draw(together, [0.0, 3.0, 3.0, 3.0], 17).tolist()[:16] == [1] * 16
