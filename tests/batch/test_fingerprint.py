@@ -35,12 +35,12 @@ def test_another_run_is_refused(tmp_path, changes, message):
 
 
 def test_results_that_nothing_describes(tmp_path):
-    with pytest.raises(ValueError, match="no batch job wrote: there is no .*run.json; give"):
+    with pytest.raises(ValueError, match=r"no batch job wrote: there is no .*run\.json; give"):
         check(tmp_path / "run.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_damaged_description(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match="run.json is damaged, so nothing tells how out.jsonl was made"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged, so nothing tells how out\.jsonl was made"):
         check(tmp_path / "run.json")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -50,8 +51,8 @@ def run(source, out, **options):
 def read(out):
     """Results by id; each once, whatever there is of parts."""
     names = sorted(os.listdir(out)) if out.endswith("/") else [""]
-    paths = [f"{out}{name}" for name in names if not name.endswith(".json")]
-    lines = [json.loads(line) for path in paths for line in open(path, "rb").read().splitlines()]
+    paths = [Path(f"{out}{name}") for name in names if not name.endswith(".json")]
+    lines = [json.loads(line) for path in paths for line in path.read_bytes().splitlines()]
     results = {str(line.get("custom_id", line["id"])): line for line in lines}
     assert len(results) == len(lines)
     for line in lines:
@@ -129,10 +130,9 @@ def test_goes_on_after_every_torn_end(source, tmp_path):
     """A killed job leaves some beginning of its file."""
     out = f"{tmp_path}/out.jsonl"
     expected = read_after(source, out)
-    whole = open(out, "rb").read()
+    whole = Path(out).read_bytes()
     for size in range(0, len(whole), 97):
-        with open(out, "wb") as file:
-            file.write(whole[:size])
+        Path(out).write_bytes(whole[:size])
         run(source, out)
         assert read(out) == expected
 
@@ -173,7 +173,7 @@ def test_what_no_job_wrote_is_left_alone(source, tmp_path):
         run(source, other)
     with pytest.raises(ValueError, match="can't be written to the file of the requests"):
         run(source, source, overwrite=True)
-    assert open(other, "rb").read() == b"mine\n"
+    assert Path(other).read_bytes() == b"mine\n"
 
 
 BAD = [{"id": "a", "prompt": "x"}, b"{", {"id": "a", "prompt": "y"}, {"id": "f", "prompt": "x", "speed": 2}]
@@ -240,7 +240,7 @@ def test_shards_of_a_folder(source, tmp_path):
     assert [outcome.lines for outcome in outcomes] == [3, 2]
     assert read(out) == expected
     assert run(source, out) == Outcome(5, 5, 0, 5)
-    with pytest.raises(ValueError, match="shards share .*, so none may overwrite it"):
+    with pytest.raises(ValueError, match=r"shards share .*, so none may overwrite it"):
         run(source, out, shard=(0, 2), overwrite=True)
 
 

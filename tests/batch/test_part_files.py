@@ -58,7 +58,7 @@ def test_shards_share_a_folder(tmp_path):
     written(tmp_path, line("b"), process=1)
     output = written(tmp_path, line("d"), process=0)
     assert output.done == {"a": False, "b": False}
-    assert list(parts(tmp_path)) and parts(tmp_path)["part-00000-000001.jsonl"] == line("d")
+    assert parts(tmp_path)["part-00000-000001.jsonl"] == line("d")
     assert len(parts(tmp_path)) == 3
 
 
