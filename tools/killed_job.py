@@ -13,11 +13,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of the small model's windows a few requests end at a time, so that a job has many moments.
-OPTIONS = ("--slots=4", "--window=8", "--max-new-tokens=24")
+OPTIONS = ("--slots=2", "--window=4", "--max-new-tokens=24")
 TORN_PART = (
     3  # after every so many kills, on average, the file has lost its end, as when a machine loses power
 )
-RESULTS_BEFORE_KILL = 3
+RESULTS_BEFORE_KILL = 2
 PROMPTS = ("import os", "def read_file(path):", "class Queue:", "Return the number of", 'raise ValueError(f"')
 
 
@@ -110,7 +110,7 @@ def _finish(process: subprocess.Popen[str]) -> None:
 def _kill(process: subprocess.Popen[str], out: Path, rng: random.Random, start_seconds: float) -> bool:
     """Kills it after some results, or at any moment of its start. False if it was done before."""
     results = None if rng.random() < 0.25 else _lines(out) + rng.randint(0, RESULTS_BEFORE_KILL)
-    delay = rng.uniform(0, start_seconds) if results is None else rng.uniform(0, 0.1)
+    delay = rng.uniform(0, start_seconds) if results is None else rng.uniform(0, 0.03)
     while results is not None and process.poll() is None and _lines(out) <= results:
         time.sleep(0.002)
     try:

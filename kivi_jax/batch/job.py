@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from kivi_jax.arguments import read_size
@@ -137,15 +138,17 @@ def _run(
     job: Job, folder: Path, rules: Rules, plan: Plan, output: Output, make_engine: Callable[..., Server]
 ) -> Outcome:
     params = load(folder, job.dtype, max_positions=job.max_positions)
-    engine = make_engine(
-        params,
-        job.kv,
-        slots=job.slots,
-        capacity=job.capacity or max(plan.tokens.values()),
-        window=job.window,
-        prefill_tokens=job.prefill_tokens,
-        chat_template=job.chat_template,
-    )
+    capacity = job.capacity or max(plan.tokens.values())
+    with _memory_told(capacity):
+        engine = make_engine(
+            params,
+            job.kv,
+            slots=job.slots,
+            capacity=capacity,
+            window=job.window,
+            prefill_tokens=job.prefill_tokens,
+            chat_template=job.chat_template,
+        )
 
     def answer(request: Request, event: Event) -> bytes:
         return result_line(request, event.completions, event.prompt_tokens, params, job.model)
@@ -153,9 +156,24 @@ def _run(
     bad = len(plan.failures)
     progress = Progress(plan.lines, plan.done + bad, plan.failed + bad, engine.slots)
     requests = longest_first(_read_again(job.source, rules, plan), plan.tokens, LOOK_AHEAD * engine.slots)
-    with contextlib.closing(progress), StopSignals() as stop:
+    with contextlib.closing(progress), _memory_told(capacity, engine.slots), StopSignals() as stop:
         Loop(engine, output, answer, progress).run(requests, stop)
     return _outcome(plan, progress.done, progress.failed, stop.received)
+
+
+@contextlib.contextmanager
+def _memory_told(capacity: int, slots: int | None = None) -> Iterator[None]:
+    """Makes one line of the pages that XLA has to say when memory is full."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason, *_ = str(error).splitlines()
+        if "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        raise MemoryError(
+            f"the device's memory is full with {slots or 'so many'} slots of {capacity} tokens; the same command goes "
+            f"on with a smaller --slots: {reason}"
+        ) from error
 
 
 def _read_again(source: str, rules: Rules, plan: Plan) -> Iterator[Request]:

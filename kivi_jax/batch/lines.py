@@ -55,8 +55,11 @@ def name_of(number: int) -> str:
 def read_line(number: int, data: bytes) -> Line | Failure:
     """The line, or why it is none."""
     try:
-        text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = data.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
         fields = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        message = f"not a line of JSON: {error.msg} at character {error.pos + 1}"
+        return Failure(number, name_of(number), None, "invalid_json", message)
     except (ValueError, RecursionError) as error:
         return Failure(number, name_of(number), None, "invalid_json", f"not a line of JSON: {error}")
     if not isinstance(fields, dict):

@@ -49,7 +49,7 @@ class PartFiles:
         with told(f"{folder} can't be read"):
             parts = {
                 path: int(found[1])
-                for path in sorted(folder.iterdir())
+                for path in (sorted(folder.iterdir()) if folder.exists() else ())  # none in an empty bucket
                 if (found := re.fullmatch(r"part-(\d{5})-\d{6}\.jsonl", path.name))
             }
             self.used = bool(parts)

@@ -1,5 +1,6 @@
 """Jobs from their options to their end, without a model's work."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -7,10 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from etils import epath
 
-from kivi_jax.batch import local_file
 from kivi_jax.batch.job import Job, Outcome, run_job
+from kivi_jax.batch.output import is_folder
 from kivi_jax.checkpoints.load import DEMO_FOLDER
+from tests.batch.bucket import Bucket
 from tests.batch.fake_engine import FakeEngine
 
 LINES = [
@@ -27,9 +30,12 @@ def source(tmp_path):
     return write(tmp_path / "in.jsonl", LINES)
 
 
-@pytest.fixture(params=["out.jsonl", "out/"])
+@pytest.fixture(params=["out.jsonl", "out/", "gs://bucket/some/out"])
 def out(request, tmp_path):
-    """A file, or a folder as a bucket has them."""
+    """A file, a folder of parts, and one in a bucket."""
+    if "://" in request.param:
+        request.getfixturevalue("bucket")
+        return request.param
     return f"{tmp_path}/{request.param}"
 
 
@@ -50,9 +56,9 @@ def run(source, out, **options):
 
 def read(out):
     """Results by id; each once, whatever there is of parts."""
-    names = sorted(os.listdir(out)) if out.endswith("/") else [""]
-    paths = [Path(f"{out}{name}") for name in names if not name.endswith(".json")]
-    lines = [json.loads(line) for path in paths for line in path.read_bytes().splitlines()]
+    path = epath.Path(out)
+    files = sorted(path.glob("part-*.jsonl")) if is_folder(out) else [path]
+    lines = [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
     results = {str(line.get("custom_id", line["id"])): line for line in lines}
     assert len(results) == len(lines)
     for line in lines:
@@ -225,12 +231,24 @@ def test_empty_input(tmp_path, out, data):
     (tmp_path / "in.jsonl").write_bytes(data)
     assert run(str(tmp_path / "in.jsonl"), out) == Outcome(0, 0, 0, 0)
     assert read(out) == {}
-    assert os.path.exists(out)
+    assert "gs:" in out or os.path.exists(out)
 
 
 def test_blank_lines_are_counted_and_left_out(tmp_path, out):
     run(write(tmp_path / "in.jsonl", [b"", {"prompt": "x"}, b" "]), out)
     assert list(read(out)) == ["line-2"]
+
+
+def test_requests_in_a_bucket(source, bucket):
+    name = "gs://bucket/in.jsonl"
+    epath.Path(name).write_bytes(Path(source).read_bytes())
+    assert run(name, "gs://bucket/out") == Outcome(5, 5, 0, 0)
+    assert sorted(bucket) == [
+        "/bucket/in.jsonl",
+        "/bucket/out/part-00000-000000.jsonl",
+        "/bucket/out/run.json",
+    ]
+    assert run(name, "gs://bucket/out/") == Outcome(5, 5, 0, 5)
 
 
 def test_shards_of_a_folder(source, tmp_path):
@@ -262,17 +280,17 @@ def test_full_disk(source, out, tmp_path, monkeypatch):
         room[0] -= 1
         return append(file, data)
 
-    def full(file):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(local_file.os, "write", fill)
-        if out.endswith("/"):
-            os.makedirs(out)
+        patched.setattr(os, "write", fill)
+        if is_folder(out):
             run(write(tmp_path / "in.jsonl", LINES[:2]), out)
             write(tmp_path / "in.jsonl", LINES)
             patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="can't be written: No space left on device"):
+            patched.setattr(Bucket, "open", full)
+        with pytest.raises(OSError, match=r"can't be (written|read): No space left on device"):
             run(source, out)
     assert len(read(out)) == 2
     outcome = run(source, out)
@@ -300,7 +318,7 @@ def test_full_disk(source, out, tmp_path, monkeypatch):
 )
 def test_what_is_wrong_is_said_before_anything_is_done(source, tmp_path, options, message):
     job = Job(**{"source": source, "out": f"{tmp_path}/out.jsonl"} | options)
-    if "gs:" in str(options) and shutil.which("gcsfs"):
+    if "gs:" in str(options) and importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is installed")
     with pytest.raises((ValueError, OSError), match=message):
         run_job(job, FakeEngine)

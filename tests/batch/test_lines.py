@@ -33,7 +33,7 @@ def test_byte_order_mark():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"{", "not a line of JSON: Expecting property name"),
+        (b"{", "not a line of JSON: Expecting property name enclosed in double quotes at character 2"),
         (b'{"id": "a\xff"}', "not a line of JSON: 'utf-8' codec can't decode"),
         (b"[" * 100_000, "not a line of JSON"),
         (b'{"temperature": NaN}', "NaN is no JSON"),
