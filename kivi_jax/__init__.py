@@ -5,6 +5,7 @@ from kivi_jax.checkpoints.convert import convert
 from kivi_jax.checkpoints.hf_files import CheckpointError
 from kivi_jax.checkpoints.load import load
 from kivi_jax.completions import Completion
+from kivi_jax.engine import Engine, Output
 from kivi_jax.generation import generate, stream
 from kivi_jax.kv import KVConfig, KVState, kv_bytes
 from kivi_jax.model import Params
@@ -15,9 +16,11 @@ from kivi_jax.version import __version__
 __all__ = [
     "CheckpointError",
     "Completion",
+    "Engine",
     "GenerationSettings",
     "KVConfig",
     "KVState",
+    "Output",
     "Params",
     "__version__",
     "convert",

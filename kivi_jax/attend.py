@@ -23,17 +23,19 @@ def attend_prompts(
     layer: Layer,
     heads: Heads,
     lengths: Int[Array, " N"],
-    rows: Int[Array, " N"],
+    rows: Int[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "N T Hq D"], Layer]:
-    """Prompts of `lengths` tokens attend themselves, and replace the N rows of `layer` from `rows[0]` on."""
+    """Prompts of `lengths` tokens attend themselves, and are stored in `rows` of `layer`, or the first ones."""
     out = prefill_attention(q, k, v, layer.sliding_window, heads)
-    before, layer = layer, layer.store_prompt(finite(k), finite(v), lengths, rows[0])
+    before, layer = layer, layer.store_prompt(finite(k), finite(v), lengths, rows)
     # The model goes on once all is stored: XLA would else keep every layer's keys and values until the end.
     stored = jnp.ones_like(lengths, bool)
     for old, array in zip(jax.tree.leaves(before), jax.tree.leaves(layer), strict=True):
         if array is not old:  # what a short prompt leaves as it is may hold anything
-            first = jax.lax.dynamic_slice_in_dim(array[:, 0, 0, 0], rows[0], lengths.size)
-            stored = once_computed(stored, first)
+            first = array[:, 0, 0, 0]
+            stored = once_computed(
+                stored, first[: lengths.size] if rows is None else first[jnp.maximum(rows, 0)]
+            )
     return jnp.where(stored[:, None, None, None], out, jnp.nan), layer
 
 

@@ -7,7 +7,9 @@ from typing import Literal
 
 from kivi_jax.decoding import NO_TOKEN
 from kivi_jax.detokenizer import Detokenizer
-from kivi_jax.text import load_tokenizer
+from kivi_jax.model import Params
+from kivi_jax.request import GenerationSettings
+from kivi_jax.text import Prompt, is_conversation, load_tokenizer
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -119,3 +121,22 @@ class CompletionReader:
         if self._dtype == "float16":
             return f"{problem}, whose largest is 65504; load it with dtype='bfloat16' or 'float32'"
         return f"{problem}; its weights may be damaged or of another model"
+
+
+def make_reader(
+    params: Params,
+    prompt: Prompt,
+    tokens: Sequence[int],
+    settings: GenerationSettings,
+    stops: tuple[str, ...],
+    end_tokens: tuple[int, ...],
+) -> CompletionReader:
+    """The reader of a completion of `prompt`, which has these tokens; stops and end tokens are from `read_stops`."""
+    return CompletionReader(
+        () if is_conversation(prompt) else tokens,
+        end_tokens,
+        params.tokenizer,
+        stops,
+        settings.max_new_tokens,
+        params.dtype.name,
+    )

@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kivi_jax.kv.config import KVConfig
+from kivi_jax.kv.rings import slot_of
 from kivi_jax.kv.state import KVState
 from kivi_jax.model import Params, jit_of_params
 from kivi_jax.rows import Rows
@@ -31,13 +32,14 @@ class Decoding:
     Attributes:
         state: the KV state, which lacks only the newest token of each row.
         rows: what each row is asked for.
-        tokens: the generated tokens, of each row in its first `counts` columns; the others may hold anything.
-        counts: how many tokens each row has.
+        tokens: a ring of the newest generated tokens of each row, token i in column i % N: all of them where no row is
+            asked for more than N.
+        counts: how many tokens each row has generated.
         last: the newest token.
         active: the rows that have not ended; a row ends at its limit, by one of its end tokens, which stays in
             `tokens`, or by `NO_TOKEN`, where its logits are not all finite numbers.
         logprobs: the log-probability of each of `tokens`, if asked for.
-        seen: the tokens of a row's prompt and completion, if any row's repetition is penalized.
+        seen: the tokens of a row's prompt and completion, if any row's repetition may be penalized.
     """
 
     state: KVState
@@ -112,28 +114,47 @@ def begin_decoding(
         logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32) if logprobs else None,
         seen=seen,
     )
-    return params.partition(batch).place(_take_token(decoding, logits))
+    return params.partition(batch).place(take_token(decoding, logits))
 
 
 @functools.partial(jit_of_params, donate_argnames="decoding")
-def continue_decoding(params: Params, decoding: Decoding, steps: Int[Array, ""]) -> Decoding:
-    """Generates up to `steps` more tokens a row, until every row has ended; the state is updated in place."""
+def continue_decoding(
+    params: Params,
+    decoding: Decoding,
+    steps: Int[Array, ""],
+    wanted: Bool[Array, " B"] | None = None,
+    enough: Int[Array, ""] | None = None,
+) -> Decoding:
+    """Generates up to `steps` more tokens a row, until every row has ended; the state is updated in place.
+
+    Args:
+        params: the model.
+        decoding: what was generated so far; it is donated.
+        steps: most tokens to generate for a row.
+        wanted: the rows that may go on; the others end here. None for all.
+        enough: it returns once so many rows have ended, counted from here; None once all have.
+    """
     partition = params.partition(decoding.active.size)
+    if wanted is not None:
+        decoding = dataclasses.replace(decoding, active=decoding.active & wanted)
+    begun = decoding.active.sum()
 
     def unfinished(carry: tuple[Array, Decoding]) -> Array:
         step, decoding = carry
-        return (step < steps) & decoding.active.any()
+        left = decoding.active.sum()
+        going_on = (step < steps) & (left > 0)
+        return going_on if enough is None else going_on & (begun - left < enough)
 
     def take_step(carry: tuple[Array, Decoding]) -> tuple[Array, Decoding]:
         step, decoding = carry
         logits, state = append_token(params, partition, decoding.last, decoding.state, decoding.active)
-        return step + 1, _take_token(dataclasses.replace(decoding, state=state), logits)
+        return step + 1, take_token(dataclasses.replace(decoding, state=state), logits)
 
     _, decoding = jax.lax.while_loop(unfinished, take_step, (jnp.zeros_like(steps), decoding))
     return partition.place(decoding)
 
 
-def _take_token(decoding: Decoding, logits: Float[Array, "B vocab"]) -> Decoding:
+def take_token(decoding: Decoding, logits: Float[Array, "B vocab"]) -> Decoding:
     """Chooses the next token of every active row and writes it down."""
     rows, counts, active = decoding.rows, decoding.counts, decoding.active
     failed = ~jnp.isfinite(logits).all(-1)
@@ -144,18 +165,26 @@ def _take_token(decoding: Decoding, logits: Float[Array, "B vocab"]) -> Decoding
         chosen = rows.sampling(logits, rngs, decoding.seen)
     token = jnp.where(failed, NO_TOKEN, chosen)
     ended = failed | (token[:, None] == rows.end_tokens).any(-1) | (counts + 1 >= rows.limits)
-    place = (jnp.arange(counts.size), counts)
+    row, columns = jnp.arange(counts.size), decoding.tokens.shape[1]
+    place = (
+        row,
+        jnp.where(active, slot_of(counts, columns), columns),
+    )  # which leaves out rows that have ended
     logprobs, seen = decoding.logprobs, decoding.seen
     if logprobs is not None:
-        taken = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        taken = jax.lax.cond(
+            rows.logprobs.any(),
+            lambda: jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],
+            lambda: jnp.zeros(token.shape, jnp.float32),
+        )
         logprobs = logprobs.at[place].set(taken, mode="drop")
     if seen is not None:
-        seen = seen | jax.nn.one_hot(token, seen.shape[-1], dtype=bool)
+        seen = seen.at[row, jnp.where(active & ~failed, token, seen.shape[1])].set(True, mode="drop")
     return dataclasses.replace(
         decoding,
         tokens=decoding.tokens.at[place].set(token, mode="drop"),
         counts=counts + active,
-        last=jnp.maximum(token, 0),
+        last=jnp.where(active, jnp.maximum(token, 0), decoding.last),
         active=active & ~ended,
         logprobs=logprobs,
         seen=seen,

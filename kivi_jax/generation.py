@@ -6,7 +6,7 @@ from typing import Any, Unpack, overload
 
 from kivi_jax.arguments import read_size
 from kivi_jax.batching import PromptBatch
-from kivi_jax.completions import Completion, CompletionReader
+from kivi_jax.completions import Completion, make_reader
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.loop import run
 from kivi_jax.model import Params
@@ -189,14 +189,7 @@ def stream(
     samples = settings.n or 1
     batch = PromptBatch.pad(ids, settings.max_new_tokens, samples, devices)
     readers = [
-        CompletionReader(
-            () if is_conversation(prompt) else tokens,
-            end_tokens,
-            params.tokenizer,
-            stops,
-            settings.max_new_tokens,
-            params.dtype.name,
-        )
+        make_reader(params, prompt, tokens, settings, stops, end_tokens)
         for prompt, tokens in zip(listed, ids, strict=True)
         for _ in range(samples)
     ]

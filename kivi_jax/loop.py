@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool
 
 from kivi_jax.batching import PromptBatch, bucket
 from kivi_jax.completions import Completion, CompletionReader
@@ -51,9 +52,8 @@ def run(
             yield completions
         running_rows = np.zeros(len(batch.samples), bool)
         running_rows[batch.rows] = running
-        decoding = dataclasses.replace(decoding, active=decoding.active & jnp.asarray(running_rows))
         more = settings.max_new_tokens - steps if every is None else every
-        decoding = _continue(params, decoding, more)
+        decoding = _continue(params, decoding, more, running_rows)
         steps += more
 
 
@@ -116,13 +116,13 @@ def _start(
     )
 
 
-def _continue(params: Params, decoding: Decoding, steps: int) -> Decoding:
+def _continue(params: Params, decoding: Decoding, steps: int, wanted: Bool[np.ndarray, " B"]) -> Decoding:
     """`continue_decoding` in pieces that take about `PIECE_SECONDS`: between them Python hears of Ctrl-C."""
     piece = 1
     while steps > 0:
         began = time.perf_counter()
         piece = min(piece, steps)
-        decoding = continue_decoding(params, decoding, jnp.int32(piece))
+        decoding = continue_decoding(params, decoding, jnp.int32(piece), jnp.asarray(wanted))
         if not np.asarray(decoding.active).any():
             break
         steps -= piece
@@ -141,7 +141,8 @@ def _prefill_groups(
     for rows, width in batch.groups:
         group = slice(first, first + rows)
         tokens, lengths = jnp.asarray(batch.tokens[group, :width]), jnp.asarray(batch.lengths[group])
-        of_group, state = insert_prompts(params, tokens, lengths, state, jnp.int32(first), prefill_chunk)
+        places = first + jnp.arange(rows, dtype=jnp.int32)
+        of_group, state = insert_prompts(params, tokens, lengths, state, places, prefill_chunk)
         logits.append(of_group)
         first += rows
     filling = jnp.zeros((len(batch.tokens) - first, params.config.vocab_size), jnp.float32)

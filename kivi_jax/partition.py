@@ -8,7 +8,7 @@ cannot partition. Between these calls the weights' shardings (`models/sharding.p
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ from kivi_jax.models.registry import Config
 from kivi_jax.models.sharding import DATA_AXIS, MODEL_AXIS
 from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.heads import Heads
+
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +88,14 @@ class Partition:
             check_vma=False,  # Pallas calls don't say over which axes their results vary
         )(slopes, q, k, v, layer, *per_row)
 
-    def update(self, function: Callable[..., KVState], state: KVState, *per_row: Array) -> KVState:
-        """`function(state, *per_row)` on each device's part of them."""
+    def update(self, function: Callable[..., Tree], tree: Tree, *others: Any) -> Tree:
+        """`function(tree, *others)` on each device's part of KV states and of arrays with a row for each of a batch."""
         if self.mesh is None:
-            return function(state, *per_row)
-        specs = state.partition_spec(self.rows, self.kv_heads)
-        rows = [PartitionSpec(self.rows)] * len(per_row)
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=(specs, *rows), out_specs=specs, check_vma=False
-        )(state, *per_row)
+            return function(tree, *others)
+        specs = tuple(map(self.specs, (tree, *others)))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
+            tree, *others
+        )
 
     def place(self, tree: Any) -> Any:
         """`tree` where `shardings` says that it belongs: always there, so that what takes it is compiled once."""
@@ -103,17 +104,21 @@ class Partition:
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def shardings(self, tree: Any) -> Any:
-        """Where KV states belong on the mesh, scalars, and other arrays with a row for each of the batch."""
+        """`specs`, on the mesh."""
         mesh = self.mesh
         assert mesh is not None
 
-        def sharding(node: Any) -> Any:
-            if isinstance(node, KVState):
-                specs = node.partition_spec(self.rows, self.kv_heads)
-                return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-            return NamedSharding(mesh, PartitionSpec(*[self.rows][: node.ndim]))
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(tree))
 
-        return jax.tree.map(sharding, tree, is_leaf=lambda node: isinstance(node, KVState))
+    def specs(self, tree: Any) -> Any:
+        """How KV states lie on the mesh, scalars, and other arrays with a row for each of the batch."""
+
+        def spec(node: Any) -> Any:
+            if isinstance(node, KVState):
+                return node.partition_spec(self.rows, self.kv_heads)
+            return PartitionSpec(*[self.rows][: node.ndim])
+
+        return jax.tree.map(spec, tree, is_leaf=lambda node: isinstance(node, KVState))
 
 
 def make_partition(config: Config, mesh: Mesh | None, batch: int) -> Partition:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Int, Key
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Int, Key, UInt32
 
 from kivi_jax.request import GenerationSettings
 from kivi_jax.sampling import Sampling, make_sampling
@@ -16,7 +17,7 @@ from kivi_jax.sampling import Sampling, make_sampling
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rngs", "limits", "end_tokens", "sampling"],
+    data_fields=["rngs", "limits", "end_tokens", "sampling", "logprobs"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Rows:
         end_tokens: tokens that end the row, padded with -1.
         sampling: how its tokens are chosen; None if all rows just take the most likely ones, for which the program is
             smaller, and needs no memory for probabilities.
+        logprobs: whether its tokens' log-probabilities are wanted.
     """
 
     rngs: Key[Array, " B"]
     limits: Int[Array, " B"]
     end_tokens: Int[Array, "B E"]
     sampling: Sampling | None
+    logprobs: Bool[Array, " B"]
 
     __no_type_check__ = True  # for JAX, whose trees hold shapes and shardings in the places of arrays
 
@@ -55,15 +58,16 @@ def make_rows(
         samples: which of its prompt's samples a row is. Place and sample tell a row's random numbers from others'.
         used: the rows from this one on only fill up the batch.
     """
-    rngs = jax.vmap(jax.random.fold_in, (None, 0))(random_key(settings.seed), places)
-    rngs = jax.vmap(jax.random.fold_in)(rngs, samples)
+    batch = places.size
+    seeds = np.broadcast_to(split_seed(settings.seed), (batch, 2))
     padded = jnp.asarray(pad_end_tokens(end_tokens), jnp.int32)
-    limits = np.where(np.arange(places.size) < used, settings.max_new_tokens, 0)
+    limits = np.where(np.arange(batch) < used, settings.max_new_tokens, 0)
     return Rows(
-        rngs,
+        row_rngs(jnp.asarray(seeds), places, samples),
         jnp.asarray(limits, jnp.int32),
-        jnp.broadcast_to(padded, (places.size, padded.size)),
-        make_sampling(settings).of_rows(places.size),
+        jnp.broadcast_to(padded, (batch, padded.size)),
+        make_sampling(settings).of_rows(batch),
+        jnp.full(batch, settings.logprobs),
     )
 
 
@@ -79,8 +83,20 @@ def pad_end_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
     return (*tokens, *[-1] * (-len(tokens) % 4 if tokens else 4))
 
 
-def random_key(seed: int) -> Array:
+def row_rngs(
+    seeds: UInt32[Array, "B 2"], places: Int[ArrayLike, " B"], samples: Int[ArrayLike, " B"]
+) -> Key[Array, " B"]:
+    """A random key of each row, folded from its seed, the place of its prompt among its request's, and its sample."""
+    rngs = jax.vmap(random_key)(seeds)
+    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(rngs, places), samples)
+
+
+def random_key(seed: UInt32[Array, "2"]) -> Key[Array, ""]:
     """`jax.random.key(seed)`, but of all 64 bits: where JAX computes in 32, it takes the lower ones only."""
-    upper, lower = divmod(seed, 2**32)
-    key = jax.random.key(np.uint32(lower))
-    return jax.random.fold_in(key, np.uint32(upper % 2**32)) if upper else key
+    key = jax.random.key(seed[0])
+    return jnp.where(seed[1] == 0, key, jax.random.fold_in(key, seed[1]))
+
+
+def split_seed(seed: int) -> UInt32[np.ndarray, "2"]:
+    """The lower and the upper half of a seed of 64 bits."""
+    return np.asarray([seed % 2**32, (seed >> 32) % 2**32], np.uint32)

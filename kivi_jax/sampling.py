@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
@@ -59,7 +60,7 @@ class Sampling:
         seen: Bool[Array, "B vocab"] | None = None,
     ) -> Int[Array, " B"]:
         """One token a row. Without `seen`, the tokens that a row has already, no row's repetition is penalized."""
-        logits = penalize(logits, seen, self.repetition_penalty)
+        logits = self._penalize(logits, seen)
 
         def draw() -> Array:
             drawn = jax.vmap(jax.random.categorical)(rngs, self._cut(logits)).astype(jnp.int32)
@@ -72,7 +73,15 @@ class Sampling:
         self, logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None = None
     ) -> Float[Array, "B vocab"]:
         """Logits of the distribution that tokens are drawn from, -inf for those that are cut."""
-        return self._cut(penalize(logits, seen, self.repetition_penalty))
+        return self._cut(self._penalize(logits, seen))
+
+    def _penalize(
+        self, logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None
+    ) -> Float[Array, "B vocab"]:
+        if seen is None:
+            return logits
+        penalty = jnp.asarray(self.repetition_penalty)
+        return jax.lax.cond(jnp.any(penalty != 1), lambda: penalize(logits, seen, penalty), lambda: logits)
 
     def _cut(self, logits: Float[Array, "B vocab"]) -> Float[Array, "B vocab"]:
         logits = logits / jnp.maximum(self.temperature, LEAST_TEMPERATURE)[..., None]
@@ -129,13 +138,11 @@ def likeliest(logits: Float[Array, "B vocab"]) -> Int[Array, " B"]:
 
 
 def penalize(
-    logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"] | None, penalty: Float[Array, "..."]
+    logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"], penalty: Float[Array, "..."]
 ) -> Float[Array, "B vocab"]:
     """Logits of the tokens that a row has `seen` divided by `penalty` where positive and multiplied by it where not
-    (Keskar et al. 2019); just the logits where `seen` is None.
+    (Keskar et al. 2019).
     """
-    if seen is None:
-        return logits
     penalty = penalty[..., None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -143,10 +150,11 @@ def penalize(
 def make_sampling(settings: GenerationSettings) -> Sampling:
     """The sampling of one request, as scalars."""
     temperature = settings.temperature and max(settings.temperature, LEAST_TEMPERATURE)
-    return Sampling(
-        jnp.float32(temperature),
-        jnp.int32(ALL_TOKENS if settings.top_k is None else min(settings.top_k, ALL_TOKENS)),
-        jnp.float32(1 if settings.top_p is None else settings.top_p),
-        jnp.float32(settings.min_p or 0),
-        jnp.float32(settings.repetition_penalty),
-    )
+    values: dict[str, Any] = {
+        "temperature": np.float32(temperature),
+        "top_k": np.int32(ALL_TOKENS if settings.top_k is None else min(settings.top_k, ALL_TOKENS)),
+        "top_p": np.float32(1 if settings.top_p is None else settings.top_p),
+        "min_p": np.float32(settings.min_p or 0),
+        "repetition_penalty": np.float32(settings.repetition_penalty),
+    }
+    return Sampling(**values)

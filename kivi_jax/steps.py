@@ -153,35 +153,64 @@ def insert_prompts(
     tokens: Int[Array, "N T"],
     lengths: Int[Array, " N"],
     state: KVState,
-    first_row: Int[Array, ""],
+    rows: Int[Array, " N"],
     prefill_chunk: int | None = None,
 ) -> tuple[Float[Array, "N vocab"], KVState]:
-    """`prefill` of some rows of a state, from `first_row` on; the others stay as they are.
+    """`prefill` of some rows of a state; the others stay as they are.
 
-    So prompts of different lengths need not be padded to the longest. Not for a mesh that splits rows over devices.
+    So prompts of different lengths need not be padded to the longest.
 
     Args:
         params: the model.
         tokens: prompts, right-padded with any token.
         lengths: the real tokens of each, 1 to T.
         state: a state of more rows with a capacity of at least T; it is donated.
-        first_row: where the first prompt goes.
+        rows: where each prompt goes, as in `_fill_rows`.
         prefill_chunk: most tokens of a prompt to run at a time.
 
     Returns:
         The float32 logits of each prompt's last token, and the state.
     """
-    partition = params.partition(lengths.size)
     if prefill_chunk is None or tokens.shape[1] <= prefill_chunk:
-        logits, layers = _fill_rows(params, partition, tokens, lengths, state.layers, first_row)
-    else:  # which goes over all rows of a state
-        own = new_state(params, partition, lengths.size, state.capacity, state.config)
-        logits, own = prefill_in_chunks(params, partition, tokens, lengths, own, prefill_chunk)
-        layers = tuple(
-            layer.put_rows(rows, first_row) for layer, rows in zip(state.layers, own.layers, strict=True)
-        )
-    all_lengths = jax.lax.dynamic_update_slice(state.lengths, lengths.astype(jnp.int32), (first_row,))
-    return logits, dataclasses.replace(state, lengths=all_lengths, layers=layers)
+        return put_prompts(params, tokens, lengths, state, rows)
+    # Chunks are appended to all rows of a state.
+    batch = lengths.size
+    own_partition = params.partition(batch)
+    own = new_state(params, own_partition, batch, state.capacity, state.config)
+    logits, own = prefill_in_chunks(params, own_partition, tokens, lengths, own, prefill_chunk)
+    return logits, params.partition(state.lengths.size).update(KVState.put_rows, state, own, rows)
+
+
+def put_prompts(
+    params: Params,
+    tokens: Int[Array, "N T"],
+    lengths: Int[Array, " N"],
+    state: KVState,
+    rows: Int[Array, " N"],
+    at_once: int = PREFILL_TOKENS,
+) -> tuple[Float[Array, "N vocab"], KVState]:
+    """`insert_prompts` of whole prompts, within a compiled function; `at_once` as in `_fill_rows`."""
+    partition = params.partition(state.lengths.size)
+    logits, layers = _fill_rows(params, partition, tokens, lengths, state.layers, rows, at_once)
+    filled = dataclasses.replace(state, layers=layers)
+    return logits, partition.update(KVState.with_lengths, filled, rows, lengths.astype(jnp.int32))
+
+
+def extend_rows(
+    params: Params,
+    tokens: Int[Array, "D T"],
+    lengths: Int[Array, " D"],
+    state: KVState,
+    rows: Int[Array, " D"],
+) -> tuple[Float[Array, "D vocab"], KVState]:
+    """`extend` of one row of each of the D devices that the batch is split over, or of none where `rows` is negative.
+
+    `rows` are counted from their device's first one. Of all rows `extend` would attend and rewrite each.
+    """
+    partition = params.partition(state.lengths.size)
+    own = partition.update(KVState.take_rows, state, rows)
+    logits, own = _extend(params, params.partition(rows.size), tokens, lengths, own)
+    return logits, partition.update(KVState.put_rows, state, own, rows)
 
 
 def prefill_in_chunks(
@@ -216,7 +245,7 @@ def _prefill(
     lengths: Int[Array, " B"],
     state: KVState,
 ) -> tuple[Float[Array, "B vocab"], KVState]:
-    logits, layers = _fill_rows(params, partition, tokens, lengths, state.layers, jnp.int32(0))
+    logits, layers = _fill_rows(params, partition, tokens, lengths, state.layers)
     return logits, dataclasses.replace(state, lengths=lengths.astype(jnp.int32), layers=layers)
 
 
@@ -226,35 +255,51 @@ def _fill_rows(
     tokens: Int[Array, "N T"],
     lengths: Int[Array, " N"],
     layers: tuple[Layer, ...],
-    first_row: Int[Array, ""],
+    rows: Int[Array, " N"] | None = None,
+    at_once: int = PREFILL_TOKENS,
 ) -> tuple[Float[Array, "N vocab"], tuple[Layer, ...]]:
-    """Logits of each prompt's last token, and the layers with the prompts in their rows from `first_row` on."""
-    tokens, lengths = partition.place((tokens, lengths))
-    devices, rows = partition.row_devices, lengths.size // partition.row_devices
-    groups = -(-rows // max(PREFILL_TOKENS // tokens.shape[1], 1))
-    size = -(-rows // groups)
+    """Logits of each prompt's last token, and the layers with the prompts in their `rows`.
+
+    Args:
+        params: the model.
+        partition: of the layers' rows; each device has N / `partition.row_devices` of the prompts.
+        tokens: prompts, right-padded with any token.
+        lengths: the real tokens of each, 1 to T.
+        layers: of the state.
+        rows: where each prompt goes, counted from its device's first row; None for the first ones in their order. Those
+            of negative rows, which are the last of their device, are left out.
+        at_once: tokens of each device that run at a time, in whole rows.
+    """
+    devices, count = partition.row_devices, lengths.size // partition.row_devices
+    groups = -(-count // max(at_once // tokens.shape[1], 1))
+    size = -(-count // groups)
+    if rows is None and groups > 1:
+        rows = jnp.arange(lengths.size, dtype=jnp.int32) % count
+    tokens, *per_row = partition.place((tokens, lengths) if rows is None else (tokens, lengths, rows))
 
     def fill_group(i: Array, carry: tuple[Array, tuple[Layer, ...]]) -> tuple[Array, tuple[Layer, ...]]:
         """Fills group i: equally many rows of each device that the batch is split over."""
         logits, layers = carry
-        start = jnp.minimum(i * size, rows - size)  # the last group starts early
-        group_tokens, group_lengths = partition.place(
+        start = jnp.minimum(i * size, count - size)  # the last group starts early
+        group_tokens, *group = partition.place(
             tuple(
-                jax.lax.dynamic_slice_in_dim(x.reshape(devices, rows, -1), start, size, axis=1).reshape(
+                jax.lax.dynamic_slice_in_dim(x.reshape(devices, count, -1), start, size, axis=1).reshape(
                     devices * size, *x.shape[1:]
                 )
-                for x in (tokens, lengths)
+                for x in (tokens, *per_row)
             )
         )
-        first_rows = jnp.full_like(group_lengths, first_row + start)
-        attend = functools.partial(partition.attend, attend_prompts, (group_lengths, first_rows))
-        zeros = jnp.zeros_like(group_lengths)
-        new, layers = _run_chunk(params, group_tokens, zeros, group_lengths, layers, attend)
+        attend = functools.partial(partition.attend, attend_prompts, tuple(group))
+        zeros = jnp.zeros_like(group[0])
+        new, layers = _run_chunk(params, group_tokens, zeros, group[0], layers, attend)
         new = new.reshape(devices, size, -1)
         return jax.lax.dynamic_update_slice_in_dim(logits, new, start, axis=1), layers
 
-    logits = jnp.zeros((devices, rows, params.config.vocab_size), jnp.float32)
-    logits, layers = jax.lax.fori_loop(0, groups, fill_group, (logits, layers))
+    logits = jnp.zeros((devices, count, params.config.vocab_size), jnp.float32)
+    used: int | Array = groups
+    if rows is not None:
+        used = -(-jnp.sum(rows.reshape(devices, count) >= 0, axis=1).max() // size)
+    logits, layers = jax.lax.fori_loop(0, used, fill_group, (logits, layers))
     return logits.reshape(lengths.size, -1), layers
 
 

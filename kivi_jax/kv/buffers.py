@@ -1,6 +1,7 @@
 """Reads and writes of the state's arrays, whose first axis is the batch."""
 
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Float, Int, Num
 
 from kivi_jax.kv.quantize import Quantized
+
+Buffers = TypeVar("Buffers")  # a tree of arrays
 
 TILE_ROWS, TILE_LANES = 8, 128
 
@@ -31,6 +34,36 @@ def once_computed(mask: Bool[Array, " B"], computed: Num[Array, "B ..."]) -> Boo
 def take_tokens(x: Float[Array, "B H S D"], at: Int[Array, "B T"]) -> Float[Array, "B H T D"]:
     """Tokens `at[b]` of each row `b`, from 0 on; the first for a negative place."""
     return jnp.take_along_axis(x, jnp.maximum(at, 0)[:, None, :, None], axis=2)
+
+
+def put_rows(buffers: Buffers, updates: Buffers, rows: Int[Array, " N"] | None = None) -> Buffers:
+    """Writes row i of each update to the beginning of row `rows[i]` of its buffer, or of row i; those of negative rows,
+    which come last, are left out.
+
+    On a GPU, where a turn of a loop is a launch for each array, all rows are written at once.
+    """
+    if rows is None:
+        return jax.tree.map(lambda buffer, update: write(buffer, update, 0, 0, -1), buffers, updates)
+    return jax.lax.platform_dependent(buffers, updates, rows, cuda=_scatter_rows, default=_put_rows_in_turn)
+
+
+def _scatter_rows(buffers: Buffers, updates: Buffers, rows: Array) -> Buffers:
+    def scatter(buffer: Array, update: Array) -> Array:
+        place = (jnp.where(rows < 0, buffer.shape[0], rows), *(slice(size) for size in update.shape[1:]))
+        return row_major(buffer.at[place].set(update, mode="drop"))
+
+    return jax.tree.map(scatter, buffers, updates)
+
+
+def _put_rows_in_turn(buffers: Buffers, updates: Buffers, rows: Array) -> Buffers:
+    def put_row(i: Array, buffers: Buffers) -> Buffers:
+        return jax.tree.map(
+            lambda buffer, update: write(buffer, jax.lax.dynamic_slice_in_dim(update, i, 1), rows[i], 0, -1),
+            buffers,
+            updates,
+        )
+
+    return jax.lax.fori_loop(0, jnp.sum(rows >= 0), put_row, buffers)
 
 
 def write(buffer: Array, update: Array, row: int | Array, index: int | Array, axis: int) -> Array:
@@ -84,16 +117,6 @@ def _as_it_is(buffer: Array) -> Array:
 
 def _in_order_of_axes(buffer: Array) -> Array:
     return with_layout_constraint(buffer, Layout(tuple(range(buffer.ndim))))
-
-
-def write_quantized(
-    buffers: Quantized, update: Quantized, axes: tuple[int, ...], row: int | Array, index: int | Array
-) -> Quantized:
-    written = (
-        write(buffer, block, row, index, axis)
-        for buffer, block, axis in zip(buffers, update, axes, strict=True)
-    )
-    return Quantized(*written)
 
 
 def write_block_of_rows(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.kv.buffers import set_tokens, take_tokens, write
+from kivi_jax.kv.buffers import put_rows, set_tokens, take_tokens
 from kivi_jax.kv.layer import Layer, Region
 from kivi_jax.kv.rings import entries_in, entry_in, slot_of
 
@@ -58,17 +58,14 @@ class DenseLayer(Layer):
         k: Float[Array, "N T H D"],
         v: Float[Array, "N T H D"],
         lengths: Int[Array, " N"],
-        row: int | Array = 0,
+        rows: Int[Array, " N"] | None = None,
     ) -> "DenseLayer":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if k.shape[2] > self.slots:
             newest = entries_in(lengths, self.slots)
             k, v = take_tokens(k, newest), take_tokens(v, newest)
-        return dataclasses.replace(
-            self,
-            k=write(self.k, k, row, index=0, axis=-2),
-            v=write(self.v, v, row, index=0, axis=-2),
-        )
+        k, v = put_rows((self.k, self.v), (k, v), rows)
+        return dataclasses.replace(self, k=k, v=v)
 
     def append_token(
         self,

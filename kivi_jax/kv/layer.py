@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.kv.buffers import take_rows
+from kivi_jax.kv.buffers import put_rows, take_rows
 
 # `(start, count) -> tokens [B, count], keys [B, H, count, D], values [B, H, count, D]`
 Read = Callable[[int | Array, int], tuple[Array, Array, Array]]
@@ -63,9 +63,11 @@ class Layer(abc.ABC):
         k: Float[Array, "N T H D"],
         v: Float[Array, "N T H D"],
         lengths: Int[Array, " N"],
-        row: int | Array = 0,
+        rows: Int[Array, " N"] | None = None,
     ) -> "Layer":
-        """Replaces the N rows from `row` on by right-padded prompts of `lengths` tokens."""
+        """Replaces `rows`, or the first N, by right-padded prompts of `lengths` tokens. Those of negative rows, which
+        come last, are left out.
+        """
 
     @abc.abstractmethod
     def append_token(
@@ -105,11 +107,9 @@ class Layer(abc.ABC):
         """These rows, of which one may be there several times."""
         return jax.tree.map(lambda array: take_rows(array, rows), self)
 
-    def put_rows(self, layer: "Layer", row: int | Array) -> "Layer":
-        """Replaces the rows from `row` on by those of `layer`, which has fewer."""
-        return jax.tree.map(
-            lambda array, new: jax.lax.dynamic_update_slice_in_dim(array, new, row, axis=0), self, layer
-        )
+    def put_rows(self, layer: "Layer", rows: Int[Array, " N"]) -> "Layer":
+        """Replaces `rows` by the N rows of `layer`, of which those of negative rows, which come last, are left out."""
+        return put_rows(self, layer, rows)
 
     def partition_spec(self, rows: str | None, heads: str | None) -> "Layer":
         """How each array lies on a mesh, the batch over its axis `rows` and KV heads over its axis `heads`."""

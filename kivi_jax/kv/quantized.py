@@ -22,14 +22,13 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Int32
 
 from kivi_jax.kv.buffers import (
+    put_rows,
     read_blocks,
     set_ring_tokens,
     take_rows,
     take_tokens,
-    write,
     write_block_of_rows,
     write_blocks,
-    write_quantized,
     write_rows,
 )
 from kivi_jax.kv.config import KVConfig
@@ -150,13 +149,13 @@ class QuantizedLayer(Layer):
         k: Float[Array, "N T H D"],
         v: Float[Array, "N T H D"],
         lengths: Int[Array, " N"],
-        row: int | Array = 0,
+        rows: Int[Array, " N"] | None = None,
     ) -> "QuantizedLayer":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         residual = self.config.residual_length
         newest = entries_in(lengths, residual)  # slots that no token reached yet hold any token
         window_k, window_v = take_tokens(k, newest), take_tokens(v, newest)
-        keys, values = self.keys, self.values
+        updates: dict[str, Any] = {}
         if count := min(k.shape[2] // residual, self.blocks):
             # Blocks that reach into a row's padding are written as well: the row's own flush replaces them before any
             # read.
@@ -170,23 +169,15 @@ class QuantizedLayer(Layer):
                 block_k = self._without_sinks(take_tokens(k, of_slot), of_slot)
                 block_v = take_tokens(v, of_slot)
             packed_k, packed_v = self._quantize(block_k, block_v)
-            keys = write_quantized(keys, packed_k, KEY_TOKEN_AXES, row, index=0)
-            values = write_quantized(values, packed_v, VALUE_TOKEN_AXES, row, index=0)
+            updates |= _by_field(packed_k, packed_v)
             last = jnp.maximum(flushed - 1, 0) % count
             window_k = self._with_flushed(window_k, packed_k, last, count, lengths, flushed)
-        layer = dataclasses.replace(
-            self._with_packed(keys, values),
-            window_k=write(self.window_k, window_k, row, index=0, axis=-2),
-            window_v=write(self.window_v, window_v, row, index=0, axis=-2),
-        )
-        if self.sinks is None:
-            return layer
-        count = self.config.sink_tokens
-        sink_k, sink_v = (
-            write(sinks, x[:, :, :count], row, index=0, axis=-2)
-            for sinks, x in zip(self.sinks, (k, v), strict=True)
-        )
-        return dataclasses.replace(layer, sink_k=sink_k, sink_v=sink_v)
+        updates |= {"window_k": window_k, "window_v": window_v}
+        if self.sinks is not None:
+            first = slice(self.config.sink_tokens)
+            updates |= {"sink_k": k[:, :, first], "sink_v": v[:, :, first]}
+        stored = {name: getattr(self, name) for name in updates}
+        return dataclasses.replace(self, **put_rows(stored, updates, rows))
 
     def append_token(
         self,
@@ -334,15 +325,7 @@ class QuantizedLayer(Layer):
         )
 
     def _with_packed(self, keys: Quantized, values: Quantized) -> "QuantizedLayer":
-        return dataclasses.replace(
-            self,
-            k_codes=keys.codes,
-            k_scale=keys.scale,
-            k_zero=keys.zero,
-            v_codes=values.codes,
-            v_scale=values.scale,
-            v_zero=values.zero,
-        )
+        return dataclasses.replace(self, **_by_field(keys, values))
 
     def _with_flushed(
         self,
@@ -375,6 +358,12 @@ class QuantizedLayer(Layer):
         first = k[:, :, min(sinks, k.shape[2] - 1), None]
         is_sink = (tokens < sinks).reshape(-1, 1, tokens.shape[-1], 1)
         return jnp.where(is_sink, first, k)
+
+
+def _by_field(keys: Quantized, values: Quantized) -> dict[str, Any]:
+    """Packed keys and values by the names of a layer's fields."""
+    named = zip("kv", (keys, values), strict=True)
+    return {f"{of}_{name}": array for of, packed in named for name, array in packed._asdict().items()}
 
 
 def _zero_blocks(block: Quantized, axes: tuple[int, ...], count: int) -> Quantized:

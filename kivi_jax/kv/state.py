@@ -45,6 +45,28 @@ class KVState:
         layers = tuple(layer.take_rows(rows) for layer in self.layers)
         return dataclasses.replace(self, lengths=self.lengths[rows], layers=layers)
 
+    def put_rows(self, state: "KVState", rows: Int[Array, " N"]) -> "KVState":
+        """Replaces `rows` by the N rows of `state`, of which those of negative rows, which come last, are left out."""
+        layers = tuple(
+            layer.put_rows(new, rows) for layer, new in zip(self.layers, state.layers, strict=True)
+        )
+        return dataclasses.replace(self, layers=layers).with_lengths(rows, state.lengths)
+
+    def with_lengths(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "KVState":
+        """Says how many tokens `rows` hold; nothing of negative ones."""
+        at = jnp.where(rows < 0, self.lengths.size, rows)
+        return dataclasses.replace(self, lengths=self.lengths.at[at].set(lengths, mode="drop"))
+
+    def share_rows(self, origins: Int[Array, " B"]) -> "KVState":
+        """Each row as its origin is, which is itself for most: its work is proportional to the number of others."""
+        copies = origins != jnp.arange(origins.size)
+        rows = jnp.argsort(~copies).astype(jnp.int32)
+
+        def share(i: Array, state: KVState) -> KVState:
+            return state.put_rows(state.take_rows(origins[rows[i]][None]), rows[i][None])
+
+        return jax.lax.fori_loop(0, copies.sum(), share, self)
+
     def partition_spec(self, rows: str | None, heads: str | None) -> "KVState":
         """How each array lies on a mesh, the batch over its axis `rows` and KV heads over its axis `heads`."""
         lengths: Any = PartitionSpec(rows)

@@ -77,7 +77,7 @@ def test_rows_are_taken_and_put(config, sliding_window):
     for (row, token), pair in found.items():
         np.testing.assert_array_equal(pair, expected[int(rows[row]), token])
     # Rows 1 and 2 of the layer become the third and the second of the taken ones.
-    put = layer.put_rows(taken.take_rows(jnp.asarray([0, 2])), jnp.int32(1))
+    put = layer.put_rows(taken.take_rows(jnp.asarray([0, 2, 1])), jnp.asarray([1, 2, -1]))
     again = read(put, LENGTHS[jnp.asarray([0, 3, 1, 3])], False)
     assert {row for row, _ in again} == {1, 2, 3}
     for (row, token), pair in again.items():

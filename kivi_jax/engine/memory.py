@@ -1,0 +1,138 @@
+"""How many slots fit a device."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kivi_jax.engine.slots import Programs, Shape
+from kivi_jax.model import Params
+from kivi_jax.models.sharding import DATA_AXIS
+
+USED_PART = 0.9  # of the free bytes; allocators lose some between arrays
+# More rows hardly gain anything: by then their tokens take longer to compute than weights to read.
+MOST_SLOTS = {"cpu": 64}
+MOST_SLOTS_ELSEWHERE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What a device's memory is used for; bytes of one device.
+
+    Attributes:
+        slots: rows of the whole batch.
+        devices: devices that they are split over.
+        capacity: tokens of a row.
+        free: bytes before anything is allocated.
+        row: bytes of one row, of its keys and values above all.
+        temporaries: bytes of the program that needs most.
+    """
+
+    slots: int
+    devices: int
+    capacity: int
+    free: int
+    row: int
+    temporaries: int
+
+    @property
+    def rows(self) -> int:
+        return self.slots // self.devices * self.row
+
+    def __str__(self) -> str:
+        gib = 2**30
+        of = f" on each of {self.devices} devices" if self.devices > 1 else ""
+        return (
+            f"engine: {self.slots} slots of {self.capacity} tokens: {self.slots // self.devices} × "
+            f"{self.row / 2**20:.1f} MiB = {self.rows / gib:.2f} GiB, and {self.temporaries / gib:.2f} GiB for "
+            f"programs, of {self.free / gib:.2f} GiB free{of}"
+        )
+
+
+def plan_memory(params: Params, shape: Shape) -> tuple[Programs, MemoryPlan]:
+    """Programs for as many slots as fit, of `shape` but for its slots, and the sum.
+
+    Raises:
+        ValueError: not even one slot fits each device.
+    """
+    free = _free_bytes(params)
+    devices = _data_devices(params)
+    most = MOST_SLOTS.get(_platform(params), MOST_SLOTS_ELSEWHERE)
+    row = _row_bytes(params, shape, devices)
+    each = min(int(free * USED_PART / row), most)
+    while each >= 1:
+        programs = Programs(params, dataclasses.replace(shape, slots=each * devices))
+        plan = MemoryPlan(each * devices, devices, shape.capacity, free, row, _temporaries(programs))
+        if plan.rows + plan.temporaries <= free * USED_PART:
+            return programs, plan
+        # Temporaries grow with the slots, so this many may fit, and fewer surely do.
+        each = min(int((free * USED_PART - plan.temporaries) / row), each - 1)
+    raise ValueError(
+        f"a slot of {shape.capacity} tokens takes {row / 2**20:.0f} MiB beside what programs need, and "
+        f"{free / 2**20:.0f} MiB are free; lower capacity, or store keys and values in fewer bits"
+    )
+
+
+def _row_bytes(params: Params, shape: Shape, devices: int) -> int:
+    """Bytes that one more row takes on its device."""
+    one, two = (
+        sum(
+            map(
+                _device_bytes,
+                jax.tree.leaves(Programs(params, dataclasses.replace(shape, slots=n * devices)).abstract()),
+            )
+        )
+        for n in (1, 2)
+    )
+    return two - one
+
+
+def _device_bytes(array: Any) -> int:
+    part = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+    return int(np.prod(part, dtype=np.int64)) * array.dtype.itemsize
+
+
+def _temporaries(programs: Programs) -> int:
+    """Of the programs that need most: decoding, and the longest prompts."""
+    shape = programs.shape
+    needed = [programs.decode(), programs.insert(shape.widths()[-1])]
+    if shape.capacity > shape.prefill_tokens:
+        needed.append(programs.extend())
+    return max(int(program.memory_analysis().temp_size_in_bytes) for program in needed)
+
+
+def _data_devices(params: Params) -> int:
+    return 1 if params.mesh is None else params.mesh.shape.get(DATA_AXIS, 1)
+
+
+def _devices(params: Params) -> list[Any]:
+    return jax.local_devices()[:1] if params.mesh is None else list(params.mesh.local_devices)
+
+
+def _platform(params: Params) -> str:
+    return str(_devices(params)[0].platform)
+
+
+def _free_bytes(params: Params) -> int:
+    """Of the device that has fewest, on all processes."""
+    free = min(map(_free_on, _devices(params)))
+    if jax.process_count() > 1:
+        free = int(multihost_utils.process_allgather(np.int64(free)).min())
+    return free
+
+
+def _free_on(device: Any) -> int:
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free // jax.local_device_count()
