@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMAND = (sys.executable, "-m", "kivi_jax.cli", "batch")
 # Of the small model's windows a few requests end at a time, so that a job has many moments.
 OPTIONS = ("--slots=2", "--window=4", "--max-new-tokens=24")
 TORN_PART = (
@@ -63,6 +64,7 @@ def run_killed(folder: Path, requests: int, kills: int, seed: int, options: Sequ
 
     Raises:
         RuntimeError: a job failed by itself.
+        ValueError: one wrote something else than lines of JSON.
     """
     rng = random.Random(seed)
     source = folder / "in.jsonl"
@@ -88,7 +90,7 @@ def run_killed(folder: Path, requests: int, kills: int, seed: int, options: Sequ
 
 
 def _start(source: Path, out: Path, options: Sequence[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "kivi_jax.cli", "batch", str(source), str(out), *OPTIONS, *options]
+    command = [*COMMAND, str(source), str(out), *OPTIONS, *options]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         # Else a start is mostly compilation.
