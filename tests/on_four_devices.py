@@ -169,6 +169,39 @@ def test_generates_the_same():
             np.testing.assert_allclose(out.logprobs, other.logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "mesh", [DATA, pytest.param(MODEL, marks=pytest.mark.exhaustive), BOTH], ids=["data", "model", "both"]
+)
+def test_the_engine_gives_the_same(mesh):
+    """Whichever device's slots a request gets; prompts of several pieces, and samples that share one, too."""
+    family = llama(8, 4, num_layers=2)
+    alone, split = random_params(family), random_params(family, mesh=mesh)
+    kv = kivi_jax.KVConfig(2, 2, 32, 32)
+    sampled = kivi_jax.GenerationSettings(9, temperature=1.0, n=3, seed=4)
+    lengths = (1, 39, 5, 70, 12, 33, 50, 3)
+    requests = [
+        (
+            np.arange(length).tolist(),
+            sampled if length in (5, 50) else kivi_jax.GenerationSettings(length % 7 + 20),
+        )
+        for length in lengths
+    ]
+    engine = kivi_jax.Engine(split, kv, slots=4, capacity=96, window=8, prefill_tokens=32)
+    found = dict(engine.generate(requests))
+    for place, (prompt, settings) in enumerate(requests):
+        expected = kivi_jax.generate(alone, [prompt], kv, settings, prefill_chunk=32)[0]
+        if settings.n is None:
+            assert found[place].tokens == expected.tokens
+        else:
+            assert [out.tokens for out in found[place]] == [out.tokens for out in expected]
+
+
+def test_slots_are_split_evenly():
+    params = random_params(llama(4, 2), mesh=DATA)
+    with pytest.raises(ValueError, match="6 slots can't be split evenly over 4 devices"):
+        kivi_jax.Engine(params, slots=6, capacity=64)
+
+
 def test_the_loop_is_compiled_once(caplog):
     params = random_params(llama(4, 2), mesh=BOTH)
     with jax.log_compiles():

@@ -60,7 +60,7 @@ def plan_memory(params: Params, shape: Shape) -> tuple[Programs, MemoryPlan]:
         ValueError: not even one slot fits each device.
     """
     free = _free_bytes(params)
-    devices = _data_devices(params)
+    devices = data_devices(params)
     most = MOST_SLOTS.get(_platform(params), MOST_SLOTS_ELSEWHERE)
     row = _row_bytes(params, shape, devices)
     each = min(int(free * USED_PART / row), most)
@@ -105,7 +105,8 @@ def _temporaries(programs: Programs) -> int:
     return max(int(program.memory_analysis().temp_size_in_bytes) for program in needed)
 
 
-def _data_devices(params: Params) -> int:
+def data_devices(params: Params) -> int:
+    """Devices that a batch is split over."""
     return 1 if params.mesh is None else params.mesh.shape.get(DATA_AXIS, 1)
 
 
