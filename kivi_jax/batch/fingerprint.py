@@ -8,9 +8,13 @@ from etils import epath
 
 from kivi_jax.batch.files import told, write_whole
 
+# The weights tell what a model is, whose name may be another on another machine. The capacity is kept because results
+# in 16 bits may depend on it, by rounding.
+NOT_COMPARED = ("model", "capacity")
 
-def check_run(path: epath.Path, out: str, fingerprint: Mapping[str, Any]) -> None:
-    """Refuses to go on with results that were made in another way.
+
+def check_run(path: epath.Path, out: str, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuses to go on with results that were made in another way, and returns how they were made.
 
     Raises:
         ValueError: the run that `path` describes differs, or there is no description.
@@ -27,21 +31,21 @@ def check_run(path: epath.Path, out: str, fingerprint: Mapping[str, Any]) -> Non
     except ValueError as error:
         raise ValueError(f"{path} is damaged, so nothing tells how {out} was made: {error}") from None
     names = [name for name in {**before, **fingerprint} if before.get(name) != fingerprint.get(name)]
-    # The weights tell what a model is; its name may be another on another machine.
-    if differing := [name for name in names if name != "model"]:
+    if differing := [name for name in names if name not in NOT_COMPARED]:
         first = differing[0]
         listed = "" if len(differing) == 1 else f" ({', '.join(differing)} differ)"
         raise ValueError(
             f"{out} was begun with {first} {before.get(first)!r}, and this run has {fingerprint.get(first)!r}"
             f"{listed}; use what it was begun with, {advice}"
         )
+    return before
 
 
-def write_run(path: epath.Path, fingerprint: Mapping[str, Any]) -> None:
+def write_run(path: epath.Path, fingerprint: Mapping[str, Any], capacity: int | None) -> None:
     """Describes the run, before its first result is written.
 
     Raises:
         OSError: the file can't be written.
     """
     with told(f"{path} can't be written"):
-        write_whole(path, json.dumps(fingerprint, indent=1).encode() + b"\n")
+        write_whole(path, json.dumps({**fingerprint, "capacity": capacity}, indent=1).encode() + b"\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from kivi_jax.arguments import read_size
@@ -34,9 +35,9 @@ class Job:
     Attributes:
         source: the file of requests, one JSON object a line: local, or an address such as `gs://…`.
         out: the file of results, or, where it ends in "/" or is an address, a folder for parts of it.
-        model, dtype, revision, max_positions: as for `kivi_jax.load`.
+        model, dtype, revision, max_positions, mesh: as for `kivi_jax.load`.
         kv, slots, capacity, window, prefill_tokens, chat_template: as for `kivi_jax.Engine`. A capacity of None is what
-            the longest request needs.
+            the longest request needs, also of those that are done.
         settings: fields of `GenerationSettings` for lines without their own.
         model_sampling: also take the sampling that the checkpoint recommends, where `settings` says nothing.
         shard: (i, n), to take every n-th line from the i-th on, counted from 0.
@@ -52,6 +53,7 @@ class Job:
     dtype: str = "bfloat16"
     revision: str | None = None
     max_positions: int | None = None
+    mesh: Mesh | None = None
     slots: int | None = None
     capacity: int | None = None
     window: int = 64
@@ -113,8 +115,9 @@ def run_job(job: Job, make_engine: Callable[..., Server]) -> Outcome:
     fingerprint = _fingerprint(job, folder, defaults)
     output = open_output(job.source, job.out, job.shard, job.overwrite, job.retry_errors)
     with contextlib.closing(output):
+        before: dict[str, Any] = {}
         if output.used and not job.overwrite:
-            check_run(run_file(job.out), job.out, fingerprint)
+            before = check_run(run_file(job.out), job.out, fingerprint)
         plan = make_plan(_shown(read_lines(job.source)), rules, output.done)
         if job.strict and plan.failures:
             raise ValueError(
@@ -122,11 +125,14 @@ def run_job(job: Job, make_engine: Callable[..., Server]) -> Outcome:
                 f"{list_failures(plan.failures)}"
             )
         output.begin()
-        write_run(run_file(job.out), fingerprint)
+        # Not less than before, so that the rest is computed in the same shapes.
+        capacity = job.capacity or max((before.get("capacity") or 0, *plan.tokens.values()))
+        capacity = min(capacity, described.config.max_positions)
+        write_run(run_file(job.out), fingerprint, capacity)
         for failure in plan.failures:
             output.write(failure_line(failure))
         if plan.tokens:
-            return _run(job, folder, rules, plan, output, make_engine)
+            return _run(job, folder, rules, plan, capacity, output, make_engine)
     return _outcome(plan, plan.done + len(plan.failures), plan.failed + len(plan.failures))
 
 
@@ -135,10 +141,15 @@ def _shown(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
 
 
 def _run(
-    job: Job, folder: Path, rules: Rules, plan: Plan, output: Output, make_engine: Callable[..., Server]
+    job: Job,
+    folder: Path,
+    rules: Rules,
+    plan: Plan,
+    capacity: int,
+    output: Output,
+    make_engine: Callable[..., Server],
 ) -> Outcome:
-    params = load(folder, job.dtype, max_positions=job.max_positions)
-    capacity = job.capacity or max(plan.tokens.values())
+    params = load(folder, job.dtype, mesh=job.mesh, max_positions=job.max_positions)
     with _memory_told(capacity):
         engine = make_engine(
             params,

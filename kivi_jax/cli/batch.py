@@ -4,7 +4,9 @@ import signal
 import sys
 from typing import Annotated
 
+import jax
 import typer
+from jax.sharding import AxisType, Mesh
 
 import kivi_jax
 from kivi_jax.batch.job import Job, Outcome, run_job
@@ -25,6 +27,7 @@ from kivi_jax.cli.options import (
     TopP,
     given,
 )
+from kivi_jax.models.sharding import DATA_AXIS, MODEL_AXIS
 
 
 def batch(
@@ -83,6 +86,13 @@ def batch(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever OUT has.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Run nothing if a line of IN is bad.")] = False,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATAxMODEL",
+            help="Split slots over DATA devices and the model over MODEL; their product is all there are.",
+        ),
+    ] = None,
     max_positions: MaxPositions = None,
     dtype: DType = "bfloat16",
     revision: Revision = None,
@@ -110,6 +120,7 @@ def batch(
                 dtype=dtype,
                 revision=revision,
                 max_positions=max_positions,
+                mesh=None if mesh is None else read_mesh(mesh),
                 slots=slots,
                 capacity=capacity,
                 window=window,
@@ -153,3 +164,19 @@ def read_shard(text: str) -> tuple[int, int]:
     if first.isdecimal() and count.isdecimal() and int(first) < int(count):
         return int(first), int(count)
     raise ValueError(f"--shard must be I/N with I from 0 to N - 1, as in 0/4, got {text!r}")
+
+
+def read_mesh(text: str) -> Mesh:
+    """The devices, laid out as "DATAxMODEL" says.
+
+    Raises:
+        ValueError: it doesn't say so, or of another number of devices than there are.
+    """
+    data, _, model = text.partition("x")
+    devices = jax.device_count()
+    if not (data.isdecimal() and model.isdecimal() and int(data) * int(model) == devices):
+        raise ValueError(
+            f"--mesh must be DATAxMODEL, as in {devices}x1, whose product is the number of devices, {devices}, "
+            f"got {text!r}"
+        )
+    return jax.make_mesh((int(data), int(model)), (DATA_AXIS, MODEL_AXIS), (AxisType.Auto, AxisType.Auto))

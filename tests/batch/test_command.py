@@ -81,12 +81,13 @@ def test_options_reach_the_job(tmp_path, source, fake):
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     engine = {"slots": 3, "capacity": 99, "window": 9, "prefill_tokens": 88, "chat_template": "t"}
-    flags += [f"--{name.replace('_', '-')}={value}" for name, value in engine.items()]
+    flags += [f"--{name.replace('_', '-')}={value}" for name, value in engine.items()] + ["--mesh=1x1"]
     others = ["--stop=a", "--stop=b", "--ignore-eos", "--logprobs", "--seed=4", "--kv=kivi4"]
     ended = run(source, tmp_path / "out.jsonl", *flags, *others, "--shard=1/3")
     assert (ended.exit_code, ended.stderr) == (0, "")
     (made,) = FakeEngine.made
     assert {"slots": made.slots, "capacity": made.capacity, **made.options} == engine
+    assert made.params.mesh.shape == {"data": 1, "model": 1}
     ((prompt, asked),) = made.submitted
     assert (prompt, made.kv) == ("class Queue:", "kivi4")
     expected = kivi_jax.GenerationSettings(
@@ -125,6 +126,11 @@ def test_empty_input(tmp_path, fake):
         (["--shard=2"], "--shard must be I/N with I from 0 to N - 1, as in 0/4, got '2'"),
         (["--shard=4/4"], "got '4/4'"),
         (["--shard=-1/4"], "got '-1/4'"),
+        (
+            ["--mesh=4x1"],
+            "--mesh must be DATAxMODEL, as in 1x1, whose product is the number of devices, 1, got",
+        ),
+        (["--mesh=1"], "got '1'"),
         (["--max-positions=0"], "max_positions must be at least 1"),
         (["--revision=v1"], "revision 'v1' is for a model on the Hugging Face Hub"),
         (["--dtype=int4"], "dtype must be one of"),

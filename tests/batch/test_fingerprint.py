@@ -9,13 +9,13 @@ RUN = {"model": "a", "weights": "1", "kv": "kivi2", "temperature": 0.5, "stop": 
 
 
 def check(path, **changes):
-    check_run(epath.Path(path), "out.jsonl", RUN | changes)
+    return check_run(epath.Path(path), "out.jsonl", RUN | changes)
 
 
 def test_the_same_run_goes_on(tmp_path):
     path = tmp_path / "out.jsonl.run.json"
-    write_run(epath.Path(path), RUN)
-    check(path)
+    write_run(epath.Path(path), RUN, 99)
+    assert check(path) == RUN | {"capacity": 99}
     check(path, model="/elsewhere/a")
 
 
@@ -29,7 +29,7 @@ def test_the_same_run_goes_on(tmp_path):
 )
 def test_another_run_is_refused(tmp_path, changes, message):
     path = tmp_path / "out.jsonl.run.json"
-    write_run(epath.Path(path), RUN)
+    write_run(epath.Path(path), RUN, 99)
     with pytest.raises(ValueError, match=message):
         check(path, **changes)
 

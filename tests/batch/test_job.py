@@ -95,6 +95,18 @@ def test_capacity_is_the_longest_requests(tmp_path, out):
     assert [engine.capacity for engine in FakeEngine.made] == [59, 70]
 
 
+def test_capacity_stays_when_a_job_goes_on(tmp_path, out):
+    """In 16 bits another one may round in another way."""
+    sizes = [{"prompt": [1] * size, "max_new_tokens": 9} for size in (50, 5, 2000)]
+    run(write(tmp_path / "in.jsonl", sizes[:1]), out)
+    run(write(tmp_path / "in.jsonl", sizes[:2]), out)
+    run(write(tmp_path / "in.jsonl", sizes), out, max_positions=2020)
+    run(write(tmp_path / "in.jsonl", [*sizes, sizes[1]]), out, max_positions=99)
+    assert [engine.capacity for engine in FakeEngine.made] == [59, 59, 2009, 99]
+    run(str(tmp_path / "in.jsonl"), out, overwrite=True, max_positions=70)
+    assert FakeEngine.made[-1].capacity == 59
+
+
 def test_settings_are_for_lines_without(source, out):
     run(source, out, settings={"max_new_tokens": 3, "temperature": 0.5})
     settings = {str(prompt)[:3]: settings for prompt, settings in FakeEngine.made[0].submitted}
