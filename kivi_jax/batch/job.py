@@ -15,7 +15,7 @@ from kivi_jax.batch.files import check_file, read_lines
 from kivi_jax.batch.fingerprint import check_run, write_run
 from kivi_jax.batch.lines import Failure, read_line
 from kivi_jax.batch.loop import LOOK_AHEAD, Event, Loop, Server, longest_first
-from kivi_jax.batch.output import Output, open_output, run_file
+from kivi_jax.batch.output import Output, WrittenElsewhere, open_output, run_file
 from kivi_jax.batch.plan import Plan, Rules, list_failures, make_plan
 from kivi_jax.batch.progress import Progress
 from kivi_jax.batch.requests import Request, read_request
@@ -24,6 +24,7 @@ from kivi_jax.batch.signals import StopSignals
 from kivi_jax.checkpoints.identity import model_identity
 from kivi_jax.checkpoints.load import DTYPES, describe, find_folder, load
 from kivi_jax.kv.config import find_kv
+from kivi_jax.processes import from_first
 from kivi_jax.progress import progress_disabled
 from kivi_jax.request import GenerationSettings
 
@@ -113,27 +114,49 @@ def run_job(job: Job, make_engine: Callable[..., Server]) -> Outcome:
         defaults = dataclasses.replace(defaults, **{**described.sampling, **job.settings})
     rules = Rules(described, defaults, job.chat_template, job.capacity, job.shard)
     fingerprint = _fingerprint(job, folder, defaults)
-    output = open_output(job.source, job.out, job.shard, job.overwrite, job.retry_errors)
+    output, before = _open(job, fingerprint)
     with contextlib.closing(output):
-        before: dict[str, Any] = {}
-        if output.used and not job.overwrite:
-            before = check_run(run_file(job.out), job.out, fingerprint)
         plan = make_plan(_shown(read_lines(job.source)), rules, output.done)
         if job.strict and plan.failures:
             raise ValueError(
                 f"{len(plan.failures)} of {plan.lines} lines are bad, and with --strict none is run: "
                 f"{list_failures(plan.failures)}"
             )
-        output.begin()
         # Not less than before, so that the rest is computed in the same shapes.
         capacity = job.capacity or max((before.get("capacity") or 0, *plan.tokens.values()))
         capacity = min(capacity, described.config.max_positions)
-        write_run(run_file(job.out), fingerprint, capacity)
-        for failure in plan.failures:
-            output.write(failure_line(failure))
+        from_first(lambda: _begin(job, output, fingerprint, capacity, plan))
         if plan.tokens:
             return _run(job, folder, rules, plan, capacity, output, make_engine)
     return _outcome(plan, plan.done + len(plan.failures), plan.failed + len(plan.failures))
+
+
+def _open(job: Job, fingerprint: Mapping[str, Any]) -> tuple[Output, dict[str, Any]]:
+    """The output, which only the first process writes, and how the results that it has were made."""
+    opened: list[Output] = []
+
+    def open_first() -> dict[str, Any]:
+        output = open_output(job.source, job.out, job.shard, job.overwrite, job.retry_errors)
+        opened.append(output)
+        before = {}
+        if output.used and not job.overwrite:
+            before = check_run(run_file(job.out), job.out, fingerprint)
+        return {"done": output.done, "before": before}
+
+    try:
+        found = from_first(open_first)
+    except (ValueError, OSError):
+        for output in opened:
+            output.close()
+        raise
+    return (opened[0] if opened else WrittenElsewhere(found["done"])), found["before"]
+
+
+def _begin(job: Job, output: Output, fingerprint: Mapping[str, Any], capacity: int, plan: Plan) -> None:
+    output.begin()
+    write_run(run_file(job.out), fingerprint, capacity)
+    for failure in plan.failures:
+        output.write(failure_line(failure))
 
 
 def _shown(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -168,8 +191,8 @@ def _run(
     progress = Progress(plan.lines, plan.done + bad, plan.failed + bad, engine.slots)
     requests = longest_first(_read_again(job.source, rules, plan), plan.tokens, LOOK_AHEAD * engine.slots)
     with contextlib.closing(progress), _memory_told(capacity, engine.slots), StopSignals() as stop:
-        Loop(engine, output, answer, progress).run(requests, stop)
-    return _outcome(plan, progress.done, progress.failed, stop.received)
+        signal = Loop(engine, output, answer, progress).run(requests, stop)
+    return _outcome(plan, progress.done, progress.failed, signal)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,12 @@ from kivi_jax.batch.requests import Request
 from kivi_jax.batch.results import failure_line
 from kivi_jax.batch.signals import StopSignals
 from kivi_jax.completions import Completion
+from kivi_jax.processes import largest
 from kivi_jax.request import GenerationSettings
 from kivi_jax.text import Prompt
 
 LOOK_AHEAD = 4  # requests for each slot, of which the longest comes first
+FAILED = 1000  # in place of a signal's number: a process can't write
 SUBMITTED = 2  # samples for each slot that the engine knows of, so that a freed slot never waits
 
 
@@ -78,27 +80,42 @@ class Loop:
         progress: Progress,
     ) -> None:
         self._engine, self._output, self._answer, self._progress = engine, output, answer, progress
+        self._error: OSError | None = None  # of the output, after which nothing is written
         self._running: dict[int, Request] = {}
         self._generated: dict[int, int] = {}  # tokens of each request that were counted
 
-    def run(self, requests: Iterator[Request], stop: StopSignals) -> None:
-        """Runs all requests, or until a signal.
+    def run(self, requests: Iterator[Request], stop: StopSignals) -> int | None:
+        """Runs all requests, or until a signal, whose number it returns.
+
+        Processes of one job agree after each step whether they go on, so that none waits for one that stopped.
 
         Raises:
             OSError: the output can't be written; what it has is whole.
         """
-        while True:
-            self._admit(requests, stop)
-            if stop.received is not None or not self._running:
-                return
+        while not (stopped := largest(FAILED if self._error else stop.received or 0)):
+            self._admit(requests)
+            if not self._running:
+                break
             for event in self._engine.step():
                 self._take(event)
-            self._output.tick()
+            self._write(self._output.tick)
             self._progress.update(running=self._engine.running)
+        if self._error is not None:
+            raise self._error
+        if stopped == FAILED:
+            raise OSError("process 0 can't write the output; its message says why")
+        return stopped or None
 
-    def _admit(self, requests: Iterator[Request], stop: StopSignals) -> None:
+    def _write(self, write: Callable[[], None]) -> None:
+        if self._error is None:
+            try:
+                write()
+            except OSError as error:
+                self._error = error
+
+    def _admit(self, requests: Iterator[Request]) -> None:
         wanted = SUBMITTED * self._engine.slots
-        while stop.received is None and self._engine.waiting + self._engine.running < wanted:
+        while self._engine.waiting + self._engine.running < wanted:
             if (request := next(requests, None)) is None:
                 return
             try:
@@ -117,10 +134,11 @@ class Loop:
         if error := next((completion.error for completion in event.completions if completion.error), None):
             self._fail(request, "model_error", error)
         else:
-            self._output.write(self._answer(request, event))
+            line = self._answer(request, event)
+            self._write(lambda: self._output.write(line))
             self._progress.update(done=1)
 
     def _fail(self, request: Request, code: Code, message: str) -> None:
         failure = Failure(request.number, request.id, request.url is not None, code, message)
-        self._output.write(failure_line(failure))
+        self._write(lambda: self._output.write(failure_line(failure)))
         self._progress.update(done=1, failed=1)

@@ -24,6 +24,20 @@ class Output(Protocol):
     def close(self) -> None: ...
 
 
+class WrittenElsewhere:
+    """The output in processes that only help the first one, which writes it."""
+
+    used = True
+
+    def __init__(self, done: dict[str, bool]) -> None:
+        self.done = done
+
+    def begin(self) -> None: ...
+    def write(self, line: bytes) -> None: ...
+    def tick(self) -> None: ...
+    def close(self) -> None: ...
+
+
 def is_folder(out: str) -> bool:
     """Whether results go into part files: in an object store, and where the name is or could only be a folder's."""
     return is_remote(out) or out.endswith("/") or os.path.isdir(out)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import jax
 import typer
-from jax.sharding import AxisType, Mesh
 
 import kivi_jax
 from kivi_jax.batch.job import Job, Outcome, run_job
@@ -27,7 +26,8 @@ from kivi_jax.cli.options import (
     TopP,
     given,
 )
-from kivi_jax.models.sharding import DATA_AXIS, MODEL_AXIS
+from kivi_jax.mesh import lay_out
+from kivi_jax.processes import join_processes
 
 
 def batch(
@@ -90,9 +90,18 @@ def batch(
         str | None,
         typer.Option(
             metavar="DATAxMODEL",
-            help="Split slots over DATA devices and the model over MODEL; their product is all there are.",
+            help="Split slots over DATA devices and the model over MODEL; their product is all that this machine "
+            "has, or with --distributed all machines.",
         ),
     ] = None,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="One of several processes that run a wider model together, each with the same command; the first "
+            "one writes.",
+        ),
+    ] = False,
     max_positions: MaxPositions = None,
     dtype: DType = "bfloat16",
     revision: Revision = None,
@@ -111,7 +120,11 @@ def batch(
         logprobs=logprobs,
     )
     try:
-        with one_line_errors():
+        with one_line_errors(join_processes if distributed else None):
+            if distributed and mesh is None:
+                raise ValueError(
+                    "--distributed needs --mesh, which says how the devices of all machines are laid out"
+                )
             job = Job(
                 source=source,
                 out=out,
@@ -120,7 +133,9 @@ def batch(
                 dtype=dtype,
                 revision=revision,
                 max_positions=max_positions,
-                mesh=None if mesh is None else read_mesh(mesh),
+                mesh=None
+                if mesh is None
+                else lay_out(mesh, jax.devices() if distributed else jax.local_devices()),
                 slots=slots,
                 capacity=capacity,
                 window=window,
@@ -164,19 +179,3 @@ def read_shard(text: str) -> tuple[int, int]:
     if first.isdecimal() and count.isdecimal() and int(first) < int(count):
         return int(first), int(count)
     raise ValueError(f"--shard must be I/N with I from 0 to N - 1, as in 0/4, got {text!r}")
-
-
-def read_mesh(text: str) -> Mesh:
-    """The devices, laid out as "DATAxMODEL" says.
-
-    Raises:
-        ValueError: it doesn't say so, or of another number of devices than there are.
-    """
-    data, _, model = text.partition("x")
-    devices = jax.device_count()
-    if not (data.isdecimal() and model.isdecimal() and int(data) * int(model) == devices):
-        raise ValueError(
-            f"--mesh must be DATAxMODEL, as in {devices}x1, whose product is the number of devices, {devices}, "
-            f"got {text!r}"
-        )
-    return jax.make_mesh((int(data), int(model)), (DATA_AXIS, MODEL_AXIS), (AxisType.Auto, AxisType.Auto))

@@ -3,15 +3,23 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line on stderr where its input or the machine is at fault."""
+def one_line_errors(first: Callable[[], None] | None = None) -> Iterator[None]:
+    """Ends the program with one line on stderr where its input or the machine is at fault.
+
+    `first` is called before JAX is used.
+    """
+    if first is not None:
+        try:
+            first()
+        except (ValueError, RuntimeError) as error:
+            fail(f"the other processes can't be joined: {error}")
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:  # the first, without a message, for want of a plugin

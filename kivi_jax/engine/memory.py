@@ -74,9 +74,9 @@ def plan_memory(params: Params, shape: Shape) -> tuple[Programs, MemoryPlan]:
         temporaries = plan.temporaries
         each = min(int((free * USED_PART - temporaries) / row), each - 1)
     raise ValueError(
-        f"a slot of {shape.capacity} tokens takes {row / 2**20:.1f} MiB, programs {temporaries / 2**20:.1f} MiB, and of "
-        f"{free / 2**20:.1f} MiB free {USED_PART:.0%} may be used; lower capacity or prefill_tokens, or store keys and "
-        f"values in fewer bits"
+        f"a slot of {shape.capacity} tokens takes {row / 2**20:.1f} MiB, programs {temporaries / 2**20:.1f} MiB, and "
+        f"{USED_PART:.0%} of {free / 2**20:.1f} MiB free may be used; lower capacity or prefill_tokens, or store keys "
+        f"and values in fewer bits"
     )
 
 

@@ -128,9 +128,9 @@ def test_empty_input(tmp_path, fake):
         (["--shard=-1/4"], "got '-1/4'"),
         (
             ["--mesh=4x1"],
-            "--mesh must be DATAxMODEL, as in 1x1, whose product is the number of devices, 1, got",
+            "mesh 4x1 is of 4 devices, and there are 1; their product must be the number of devices",
         ),
-        (["--mesh=1"], "got '1'"),
+        (["--mesh=1"], "mesh must be DATAxMODEL, as '4x1' or '1x4' of four devices, got '1'"),
         (["--max-positions=0"], "max_positions must be at least 1"),
         (["--revision=v1"], "revision 'v1' is for a model on the Hugging Face Hub"),
         (["--dtype=int4"], "dtype must be one of"),

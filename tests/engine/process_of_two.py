@@ -7,11 +7,11 @@ import json
 import sys
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 import kivi_jax
 from kivi_jax import GenerationSettings
+from kivi_jax.mesh import lay_out
+from kivi_jax.processes import join_processes
 
 PROMPTS = [f"def f{i}(x" + " x" * count for i, count in enumerate((20, 21, 22, 90, 91))]
 SETTINGS = [
@@ -20,10 +20,9 @@ SETTINGS = [
 ]
 
 
-def main(number: str, port: str, shape: str) -> None:
-    jax.distributed.initialize(f"localhost:{port}", 2, int(number))
-    devices = np.reshape(jax.devices(), tuple(map(int, shape.split("x"))))
-    params = kivi_jax.load("demo", dtype="float32", mesh=Mesh(devices, ("data", "model")))
+def main(shape: str) -> None:
+    join_processes()
+    params = kivi_jax.load("demo", dtype="float32", mesh=lay_out(shape, jax.devices()))
     engine = kivi_jax.Engine(params, slots=4, capacity=512, window=16, prefill_tokens=32)
     found = dict(engine.generate(zip(PROMPTS, SETTINGS, strict=True)))
     print(json.dumps([tokens(found[place]) for place in range(len(PROMPTS))]))
