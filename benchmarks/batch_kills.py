@@ -35,6 +35,8 @@ def main(
         f"{found.missing} missing, {found.repeated} repeated, {found.differing} differing "
         f"({time.monotonic() - start:.0f} s)"
     )
+    if found.example:
+        print("undisturbed: {}\nkilled: {}".format(*found.example), file=sys.stderr)
     if found.missing or found.repeated or found.differing:
         sys.exit(1)
 

@@ -30,6 +30,7 @@ class Killed:
         kills, torn: how often a job was killed, and how often it lost the end of its file besides.
         jobs: how many of them were brought to their end.
         missing, repeated, differing: ids without a result, with several, and with another than the undisturbed job's.
+        example: two results that differ, the undisturbed job's first.
     """
 
     kills: int
@@ -38,6 +39,7 @@ class Killed:
     missing: int
     repeated: int
     differing: int
+    example: tuple[Any, Any] | None
 
 
 def write_requests(path: Path, count: int, rng: random.Random) -> None:
@@ -74,7 +76,8 @@ def run_killed(folder: Path, requests: int, kills: int, seed: int, options: Sequ
     _finish(_start(source, whole, options))
     seconds = time.monotonic() - seconds
     expected = _read(whole)
-    counts = dict.fromkeys(("kills", "torn", "jobs", "missing", "repeated", "differing"), 0)
+    counts = dict.fromkeys(("kills", "torn", "jobs", "missing", "repeated"), 0)
+    examples: list[tuple[Any, Any]] = []
     while counts["kills"] < kills:
         out = folder / f"killed-{counts['jobs']}.jsonl"
         while counts["kills"] < kills and _kill(_start(source, out, options), out, rng, seconds / 2):
@@ -85,8 +88,9 @@ def run_killed(folder: Path, requests: int, kills: int, seed: int, options: Sequ
         counts["jobs"] += 1
         counts["missing"] += len(expected.keys() - found.keys())
         counts["repeated"] += sum(len(results) - 1 for results in found.values())
-        counts["differing"] += sum(found[name][0] != expected.get(name, [None])[0] for name in found)
-    return Killed(**counts)
+        pairs = [(expected.get(name, [None])[0], results[0]) for name, results in found.items()]
+        examples += [(before, after) for before, after in pairs if before != after]
+    return Killed(**counts, differing=len(examples), example=examples[0] if examples else None)
 
 
 def _start(source: Path, out: Path, options: Sequence[str]) -> subprocess.Popen[str]:
