@@ -17,6 +17,7 @@ from kivi_jax.batch.lines import Failure, read_line
 from kivi_jax.batch.loop import LOOK_AHEAD, Event, Loop, Server, longest_first
 from kivi_jax.batch.output import Output, open_output, run_file
 from kivi_jax.batch.plan import Plan, Rules, list_failures, make_plan
+from kivi_jax.batch.processes import NoOutput, first_decides, is_first, share
 from kivi_jax.batch.progress import Progress
 from kivi_jax.batch.requests import Request, read_request
 from kivi_jax.batch.results import failure_line, result_line
@@ -89,7 +90,7 @@ class Outcome:
 
 
 def run_job(job: Job, make_engine: Callable[..., Server]) -> Outcome:
-    """Runs a job, from where an earlier run of it was stopped.
+    """Runs a job, from where an earlier run of it was stopped. Processes that share a mesh all call it.
 
     Args:
         job: what to do.
@@ -99,6 +100,25 @@ def run_job(job: Job, make_engine: Callable[..., Server]) -> Outcome:
         ValueError: an option is wrong, the output is another run's, or, if the job is strict, a line is bad.
         OSError: a file can't be read or written. What was written is whole, and the same job goes on from there.
     """
+    folder, rules = _read_options(job)
+    output: Output = NoOutput()
+    plan, capacity = Plan(0, {}, [], 0, 0), 0
+    with contextlib.ExitStack() as opened:
+        with first_decides():
+            if is_first():
+                output = open_output(job.source, job.out, job.shard, job.overwrite, job.retry_errors)
+                opened.callback(output.close)
+                plan, capacity = _begin(job, folder, rules, output)
+        todo, capacity = share([list(plan.tokens.items()), capacity])
+        if not is_first():
+            plan = Plan(len(todo), dict(todo), [], 0, 0)
+        if todo:
+            return _run(job, folder, rules, plan, capacity, output, make_engine)
+    return _outcome(plan, plan.done + len(plan.failures), plan.failed + len(plan.failures))
+
+
+def _read_options(job: Job) -> tuple[Path, Rules]:
+    """The model's folder, and what lines are read by."""
     find_kv(job.kv)
     if job.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {job.dtype!r}")
@@ -108,32 +128,32 @@ def run_job(job: Job, make_engine: Callable[..., Server]) -> Outcome:
             read_size(name, size)
     check_file(job.source)
     folder = find_folder(job.model, job.revision)
-    described = describe(folder, job.max_positions)
+    params = describe(folder, job.max_positions)
     if job.model_sampling:
-        defaults = dataclasses.replace(defaults, **{**described.sampling, **job.settings})
-    rules = Rules(described, defaults, job.chat_template, job.capacity, job.shard)
-    fingerprint = _fingerprint(job, folder, defaults)
-    output = open_output(job.source, job.out, job.shard, job.overwrite, job.retry_errors)
-    with contextlib.closing(output):
-        before: dict[str, Any] = {}
-        if output.used and not job.overwrite:
-            before = check_run(run_file(job.out), job.out, fingerprint)
-        plan = make_plan(_shown(read_lines(job.source)), rules, output.done)
-        if job.strict and plan.failures:
-            raise ValueError(
-                f"{len(plan.failures)} of {plan.lines} lines are bad, and with --strict none is run: "
-                f"{list_failures(plan.failures)}"
-            )
-        output.begin()
-        # Not less than before, so that the rest is computed in the same shapes.
-        capacity = job.capacity or max((before.get("capacity") or 0, *plan.tokens.values()))
-        capacity = min(capacity, described.config.max_positions)
-        write_run(run_file(job.out), fingerprint, capacity)
-        for failure in plan.failures:
-            output.write(failure_line(failure))
-        if plan.tokens:
-            return _run(job, folder, rules, plan, capacity, output, make_engine)
-    return _outcome(plan, plan.done + len(plan.failures), plan.failed + len(plan.failures))
+        defaults = dataclasses.replace(defaults, **{**params.sampling, **job.settings})
+    return folder, Rules(params, defaults, job.chat_template, job.capacity, job.shard)
+
+
+def _begin(job: Job, folder: Path, rules: Rules, output: Output) -> tuple[Plan, int]:
+    """What there is to do, once the output is known to be this job's and has what can't be done, and the capacity."""
+    fingerprint = _fingerprint(job, folder, rules.defaults)
+    before: dict[str, Any] = {}
+    if output.used and not job.overwrite:
+        before = check_run(run_file(job.out), job.out, fingerprint)
+    plan = make_plan(_shown(read_lines(job.source)), rules, output.done)
+    if job.strict and plan.failures:
+        raise ValueError(
+            f"{len(plan.failures)} of {plan.lines} lines are bad, and with --strict none is run: "
+            f"{list_failures(plan.failures)}"
+        )
+    output.begin()
+    # Not less than before, so that the rest is computed in the same shapes.
+    capacity = job.capacity or max((before.get("capacity") or 0, *plan.tokens.values()))
+    capacity = min(capacity, rules.params.config.max_positions)
+    write_run(run_file(job.out), fingerprint, capacity)
+    for failure in plan.failures:
+        output.write(failure_line(failure))
+    return plan, capacity
 
 
 def _shown(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -165,10 +185,11 @@ def _run(
         return result_line(request, event.completions, event.prompt_tokens, params, job.model)
 
     bad = len(plan.failures)
-    progress = Progress(plan.lines, plan.done + bad, plan.failed + bad, engine.slots)
+    progress = Progress(plan.lines, plan.done + bad, plan.failed + bad, engine.slots, is_first())
     requests = longest_first(_read_again(job.source, rules, plan), plan.tokens, LOOK_AHEAD * engine.slots)
     with contextlib.closing(progress), _memory_told(capacity, engine.slots), StopSignals() as stop:
-        Loop(engine, output, answer, progress).run(requests, stop)
+        # Other processes go on until the first one ends, which has results to write.
+        Loop(engine, output, answer, progress).run(requests, stop if is_first() else StopSignals())
     return _outcome(plan, progress.done, progress.failed, stop.received)
 
 

@@ -1,8 +1,9 @@
 """`kivi-jax batch`."""
 
+import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import jax
 import typer
@@ -10,7 +11,8 @@ from jax.sharding import AxisType, Mesh
 
 import kivi_jax
 from kivi_jax.batch.job import Job, Outcome, run_job
-from kivi_jax.cli.errors import one_line_errors
+from kivi_jax.batch.processes import is_first
+from kivi_jax.cli.errors import fail, one_line_errors
 from kivi_jax.cli.options import (
     KV,
     DType,
@@ -93,6 +95,13 @@ def batch(
             help="Split slots over DATA devices and the model over MODEL; their product is all there are.",
         ),
     ] = None,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="This is one of several processes, whose devices make up the mesh; start all.",
+        ),
+    ] = False,
     max_positions: MaxPositions = None,
     dtype: DType = "bfloat16",
     revision: Revision = None,
@@ -111,6 +120,8 @@ def batch(
         logprobs=logprobs,
     )
     try:
+        if distributed:
+            join_processes(mesh)
         with one_line_errors():
             job = Job(
                 source=source,
@@ -136,11 +147,37 @@ def batch(
             outcome = run_job(job, kivi_jax.Engine)
     except KeyboardInterrupt:  # before anything ran
         raise typer.Exit(128 + signal.SIGINT) from None
-    report(source, out, outcome)
+    except SystemExit as ended:
+        if distributed:
+            leave(ended.code)
+        raise
+    if is_first():
+        report(source, out, outcome)
+    if outcome.signal is not None:
+        if distributed:
+            leave(128 + outcome.signal)
+        raise typer.Exit(128 + outcome.signal)
+
+
+def join_processes(mesh: str | None) -> None:
+    """Makes the devices of all processes JAX's, before it looks at those of this one."""
+    if mesh is None:
+        fail("--distributed needs --mesh, which says how the devices of all processes are laid out")
+    try:
+        jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        fail(f"the processes of --distributed don't find each other: {' '.join(str(error).split())}")
+
+
+def leave(code: Any) -> NoReturn:
+    """Ends this process at once: JAX would wait for the others, which may be waiting for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def report(source: str, out: str, outcome: Outcome) -> None:
-    """Says how the job ended, and ends the program accordingly."""
+    """Says how the job ended."""
     if outcome.bad:
         print(f"bad lines of {source}, each an error in {out}: {outcome.bad}")
     if not outcome.lines:
@@ -151,7 +188,6 @@ def report(source: str, out: str, outcome: Outcome) -> None:
         print(f"{out} has {outcome.done} of {outcome.lines} lines, {outcome.failed} of them errors")
     if outcome.signal is not None:
         print(f"stopped by {signal.Signals(outcome.signal).name}; the same command goes on", file=sys.stderr)
-        raise typer.Exit(128 + outcome.signal)
 
 
 def read_shard(text: str) -> tuple[int, int]:
