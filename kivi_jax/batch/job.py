@@ -24,7 +24,7 @@ from kivi_jax.batch.signals import StopSignals
 from kivi_jax.checkpoints.identity import model_identity
 from kivi_jax.checkpoints.load import DTYPES, describe, find_folder, load
 from kivi_jax.kv.config import find_kv
-from kivi_jax.processes import from_first
+from kivi_jax.processes import from_first, is_first
 from kivi_jax.progress import progress_disabled
 from kivi_jax.request import GenerationSettings
 
@@ -188,7 +188,7 @@ def _run(
         return result_line(request, event.completions, event.prompt_tokens, params, job.model)
 
     bad = len(plan.failures)
-    progress = Progress(plan.lines, plan.done + bad, plan.failed + bad, engine.slots)
+    progress = Progress(plan.lines, plan.done + bad, plan.failed + bad, engine.slots, is_first())
     requests = longest_first(_read_again(job.source, rules, plan), plan.tokens, LOOK_AHEAD * engine.slots)
     with contextlib.closing(progress), _memory_told(capacity, engine.slots), StopSignals() as stop:
         signal = Loop(engine, output, answer, progress).run(requests, stop)

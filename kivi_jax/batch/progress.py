@@ -20,6 +20,7 @@ class Progress:
         total: lines there are.
         done, failed: lines that have a result from before, and those of them that are errors.
         slots: of the engine.
+        shown: whether anything is.
 
     Attributes:
         done, failed: lines that have a result by now, and those of them that are errors.
@@ -27,13 +28,21 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, done: int, failed: int, slots: int, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int,
+        done: int,
+        failed: int,
+        slots: int,
+        shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.done, self.failed, self.tokens = done, failed, 0
         self._total, self._begun, self._slots, self._clock = total, done, slots, clock
         self._start = self._shown = clock()
         self._shown_tokens = 0
-        self._bar = tqdm(total=total, initial=done, unit="line", leave=False, disable=progress_disabled())
+        disable = progress_disabled() if shown else True
+        self._bar = tqdm(total=total, initial=done, unit="line", leave=False, disable=disable)
+        self._prints = shown and bool(self._bar.disable) and sys.stderr is not None
 
     def update(self, done: int = 0, failed: int = 0, tokens: int = 0, running: int | None = None) -> None:
         """Adds to what is done and generated; shows it from time to time if told how many slots are `running`."""
@@ -47,7 +56,7 @@ class Progress:
         speed = (self.tokens - self._shown_tokens) / passed
         state = f"{self.failed} failed, {speed:,.0f} tokens/s, {running} of {self._slots} slots in use"
         self._bar.set_postfix_str(state)
-        if self._bar.disable and sys.stderr is not None:
+        if self._prints:
             line = f"{self.done} of {self._total} lines done, {state}, {self._left()}"
             print(line, file=sys.stderr, flush=True)
         self._shown, self._shown_tokens = self._clock(), self.tokens

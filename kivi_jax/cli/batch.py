@@ -27,7 +27,7 @@ from kivi_jax.cli.options import (
     given,
 )
 from kivi_jax.mesh import lay_out
-from kivi_jax.processes import join_processes
+from kivi_jax.processes import is_first, join_processes
 
 
 def batch(
@@ -151,11 +151,14 @@ def batch(
             outcome = run_job(job, kivi_jax.Engine)
     except KeyboardInterrupt:  # before anything ran
         raise typer.Exit(128 + signal.SIGINT) from None
-    report(source, out, outcome)
+    if is_first():
+        report(source, out, outcome)
+    if outcome.signal is not None:
+        raise typer.Exit(128 + outcome.signal)
 
 
 def report(source: str, out: str, outcome: Outcome) -> None:
-    """Says how the job ended, and ends the program accordingly."""
+    """Says how the job ended."""
     if outcome.bad:
         print(f"bad lines of {source}, each an error in {out}: {outcome.bad}")
     if not outcome.lines:
@@ -166,7 +169,6 @@ def report(source: str, out: str, outcome: Outcome) -> None:
         print(f"{out} has {outcome.done} of {outcome.lines} lines, {outcome.failed} of them errors")
     if outcome.signal is not None:
         print(f"stopped by {signal.Signals(outcome.signal).name}; the same command goes on", file=sys.stderr)
-        raise typer.Exit(128 + outcome.signal)
 
 
 def read_shard(text: str) -> tuple[int, int]:
