@@ -169,9 +169,7 @@ def test_generates_the_same():
             np.testing.assert_allclose(out.logprobs, other.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "mesh", [DATA, pytest.param(MODEL, marks=pytest.mark.exhaustive), BOTH], ids=["data", "model", "both"]
-)
+@pytest.mark.parametrize("mesh", [BOTH, further(DATA), further(MODEL)], ids=name)
 def test_the_engine_gives_the_same(mesh):
     """Whichever device's slots a request gets; prompts of several pieces, and samples that share one, too."""
     family = llama(8, 4, num_layers=2)
