@@ -66,30 +66,43 @@ def load(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if mesh is not None:
         mesh = tensor_parallel_mesh(mesh)
-    if max_positions is not None:
-        max_positions = read_size("max_positions", max_positions, ", or None for config.json's")
-        if max_positions > GREATEST_SIZE:
-            raise ValueError(f"max_positions must be below 2^31, got {max_positions}")
-    folder = find_folder(name, revision)
+    _check_max_positions(max_positions)  # before anything is downloaded
+    params = describe(folder := find_folder(name, revision), max_positions)
+    weights = read_weights(folder, params.model_type, params.config, jnp.dtype(dtype), mesh)
+    warn_of_large_key_biases(weights, params.config)
+    return dataclasses.replace(params, weights=nest_paths(weights), mesh=mesh)
+
+
+def describe(folder: Path, max_positions: int | None = None) -> Params:
+    """The model in a folder without its weights, which is all that encoding prompts needs.
+
+    Raises:
+        CheckpointError, ValueError: as `load`.
+    """
+    max_positions = _check_max_positions(max_positions)
     fields = read_json(folder / "config.json")
     model_type, config = _read_config(folder, fields)
     if max_positions is not None:
         config = dataclasses.replace(config, max_positions=max_positions)
     settings = folder / generation_config.FILE
     generation = read_json(settings) if settings.exists() else {}
-    end_tokens = generation_config.read_end_tokens(folder, fields, generation)
-    sampling = generation_config.read_sampling(folder, generation)
-    weights = read_weights(folder, model_type, config, jnp.dtype(dtype), mesh)
-    warn_of_large_key_biases(weights, config)
     return Params(
-        weights=nest_paths(weights),
+        weights={},
         model_type=model_type,
         config=config,
-        end_tokens=end_tokens,
+        end_tokens=generation_config.read_end_tokens(folder, fields, generation),
         tokenizer=str(folder.resolve()) if _has_tokenizer(folder) else None,
-        sampling_defaults=sampling,
-        mesh=mesh,
+        sampling_defaults=generation_config.read_sampling(folder, generation),
     )
+
+
+def _check_max_positions(max_positions: int | None) -> int | None:
+    if max_positions is None:
+        return None
+    max_positions = read_size("max_positions", max_positions, ", or None for config.json's")
+    if max_positions > GREATEST_SIZE:
+        raise ValueError(f"max_positions must be below 2^31, got {max_positions}")
+    return max_positions
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:

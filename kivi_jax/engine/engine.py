@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Unpack
 
 import numpy as np
@@ -13,7 +14,7 @@ from kivi_jax.completions import Completion, make_reader
 from kivi_jax.engine.admission import Admission
 from kivi_jax.engine.memory import data_devices, plan_memory
 from kivi_jax.engine.requests import Request, Sample
-from kivi_jax.engine.slots import Programs, Shape, Slots, Window
+from kivi_jax.engine.slots import Placement, Programs, Shape, Slots, Window
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.model import Params
 from kivi_jax.request import GenerationOptions, GenerationSettings, make_settings
@@ -46,6 +47,27 @@ class Output:
     finished: bool
 
 
+@dataclasses.dataclass
+class Stats:
+    """What an engine has done so far.
+
+    Attributes:
+        windows: of decoding.
+        steps: of decoding, each a token of every row that has not ended.
+        tokens: generated, of requests that were cancelled too.
+        prompt_tokens: that were prefilled.
+        decoding: sum over the steps of the rows that had not ended, so `decoding / steps` slots were in use.
+        host_seconds: time between windows in which the device may have had nothing to do.
+    """
+
+    windows: int = 0
+    steps: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    decoding: int = 0
+    host_seconds: float = 0.0
+
+
 class Engine:
     """Generates for requests that come at any time, in a batch whose rows are filled again as they end.
 
@@ -71,6 +93,7 @@ class Engine:
     Attributes:
         slots: rows of the batch.
         capacity: tokens of a row.
+        stats: what was done so far.
 
     Raises:
         ValueError: an unknown `kv`, a size that is no positive whole number, slots that the mesh can't split evenly, a
@@ -111,6 +134,7 @@ class Engine:
         else:
             programs = Programs(params, shape)
         self.slots = programs.shape.slots
+        self.stats = Stats()
         self._params = params
         self._chat_template = chat_template
         self._programs = programs
@@ -194,8 +218,10 @@ class Engine:
             For each request that has new tokens what it has so far, finished or not, in the order of their ids.
         """
         samples = self._collect()
+        began = time.perf_counter()
         self._admit()
         self._window = self._decode()
+        self.stats.host_seconds += time.perf_counter() - began
         return self._read(samples)
 
     def generate(
@@ -241,14 +267,22 @@ class Engine:
             return []
         report, self._window = self._window.read(), None
         collected = []
+        steps = 0
         for slot, sample in enumerate(self._admission.slots):
             if sample is None:
                 continue
             if self._admission.decoding(slot):
-                sample.add(*report.newest(slot, len(sample.tokens)))
+                tokens, logprobs = report.newest(slot, len(sample.tokens))
+                stepped = len(tokens) - (not sample.tokens)  # its prefill gave the first
+                steps = max(steps, stepped)
+                self.stats.tokens += len(tokens)
+                self.stats.decoding += stepped
+                sample.add(tokens, logprobs)
                 collected.append(sample)
             if sample.done or (self._admission.decoding(slot) and not report.active[slot]):
                 self._admission.free(slot)
+        self.stats.windows += 1
+        self.stats.steps += steps
         return collected
 
     def _admit(self) -> None:
@@ -261,14 +295,17 @@ class Engine:
             for placements in self._admission.prompts(
                 self._programs.shape.prefill_tokens if decoding else None
             ):
-                self._batch.insert(placements)
+                self._prefill(self._batch.insert, placements)
             begun, further = self._admission.pieces()
-            if begun:
-                self._batch.insert(begun)
-            if further:
-                self._batch.extend(further)
+            self._prefill(self._batch.insert, begun)
+            self._prefill(self._batch.extend, further)
             if decoding:
                 break
+
+    def _prefill(self, run: Callable[[list[Placement]], None], placements: list[Placement]) -> None:
+        if placements:
+            run(placements)
+            self.stats.prompt_tokens += sum(len(placement.tokens) for placement in placements)
 
     def _decode(self) -> Window | None:
         wanted = np.array([self._admission.decoding(slot) for slot in range(self.slots)])

@@ -64,16 +64,19 @@ def plan_memory(params: Params, shape: Shape) -> tuple[Programs, MemoryPlan]:
     most = MOST_SLOTS.get(_platform(params), MOST_SLOTS_ELSEWHERE)
     row = _row_bytes(params, shape, devices)
     each = min(int(free * USED_PART / row), most)
+    temporaries = 0
     while each >= 1:
         programs = Programs(params, dataclasses.replace(shape, slots=each * devices))
         plan = MemoryPlan(each * devices, devices, shape.capacity, free, row, _temporaries(programs))
         if plan.rows + plan.temporaries <= free * USED_PART:
             return programs, plan
         # Temporaries grow with the slots, so this many may fit, and fewer surely do.
-        each = min(int((free * USED_PART - plan.temporaries) / row), each - 1)
+        temporaries = plan.temporaries
+        each = min(int((free * USED_PART - temporaries) / row), each - 1)
     raise ValueError(
-        f"a slot of {shape.capacity} tokens takes {row / 2**20:.0f} MiB beside what programs need, and "
-        f"{free / 2**20:.0f} MiB are free; lower capacity, or store keys and values in fewer bits"
+        f"a slot of {shape.capacity} tokens takes {row / 2**20:.1f} MiB, programs {temporaries / 2**20:.1f} MiB, and "
+        f"{USED_PART:.0%} of {free / 2**20:.1f} MiB free may be used; lower capacity or prefill_tokens, or store keys "
+        f"and values in fewer bits"
     )
 
 

@@ -26,7 +26,7 @@ ASKED = (  # tokens of a prompt, of which the longer ones come in pieces, and ho
     (16, GenerationSettings(48, temperature=0.7, top_k=7, top_p=0.8, seed=-3)),
     (30, GenerationSettings(47, repetition_penalty=1.4)),
     (30, GenerationSettings(1)),
-    (64, GenerationSettings(40)),
+    (64, GenerationSettings(40, repetition_penalty=1.4)),
     (96, GenerationSettings(33, temperature=1.2, min_p=0.1, seed=7)),
 )
 Asked = tuple[list[int], GenerationSettings]

@@ -1,50 +1,40 @@
-"""The `kivi-jax` command."""
+"""`kivi-jax generate`."""
 
-import contextlib
 import dataclasses
 import json
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-import jax
 import typer
 from tqdm import tqdm
 
 import kivi_jax
+from kivi_jax.cli.errors import fail, one_line_errors
+from kivi_jax.cli.options import (
+    KV,
+    DType,
+    IgnoreEos,
+    MaxNewTokens,
+    MaxPositions,
+    MinP,
+    Model,
+    ModelSampling,
+    RepetitionPenalty,
+    Revision,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    given,
+)
 from kivi_jax.kv.config import find_kv
 from kivi_jax.progress import progress_disabled
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-
-def print_version(wanted: bool) -> bool:
-    if wanted:
-        print(f"kivi-jax {kivi_jax.__version__}")
-        raise typer.Exit
-    return wanted  # typer passes on what this returns
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
-    ] = False,
-) -> None:
-    """LLM inference in JAX with a 2-bit key-value cache."""
-
-
-@app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option(help="Text to complete; give it more than once for a batch.")],
-    model: Annotated[
-        str, typer.Option(help="Folder, 'org/name' on the Hugging Face Hub, or 'demo'.")
-    ] = "demo",
-    kv: Annotated[
-        str, typer.Option(help=f"Storage of the KV state: {', '.join(kivi_jax.kv.PRESETS)}.")
-    ] = "kivi2",
+    model: Model = "demo",
+    kv: KV = "kivi2",
     chat: Annotated[
         bool, typer.Option("--chat", help="Prompts are a user's messages, to be answered by a chat model.")
     ] = False,
@@ -54,30 +44,17 @@ def generate(
     chat_template: Annotated[
         str | None, typer.Option(help="Name of the model's chat template, with --chat, if it has several.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")] = 128,
-    temperature: Annotated[
-        float | None, typer.Option(help="0, the default, takes the most likely token, more samples.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample among the fewest tokens that reach this probability.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Sample among tokens at least this times as likely as the most likely one."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="More than 1 discourages tokens that are there already.")
-    ] = None,
-    model_sampling: Annotated[
-        bool, typer.Option("--model-sampling", help="Sample as the checkpoint recommends; other flags win.")
-    ] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    model_sampling: ModelSampling = False,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion.")] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the model's end tokens.")
-    ] = False,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON for each completion when all are done.")
     ] = False,
@@ -88,12 +65,9 @@ def generate(
         int | None,
         typer.Option(min=1, help="Most prompt tokens to run at a time, for long prompts in little memory."),
     ] = None,
-    max_positions: Annotated[
-        int | None,
-        typer.Option(help="Longest text of a model tuned for another length than its config.json says."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    max_positions: MaxPositions = None,
+    dtype: DType = "bfloat16",
+    revision: Revision = None,
 ) -> None:
     """Completes prompts. One prompt streams its text as it comes; of several, each is printed when all are done."""
     if system is not None and not chat:
@@ -102,14 +76,13 @@ def generate(
         fail("--chat-template needs --chat")
     if logprobs and not as_json:
         fail("--logprobs needs --json")
-    sampling: dict[str, Any] = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    sampling = {name: value for name, value in sampling.items() if value is not None}
+    sampling = given(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     with one_line_errors():
         # Found wrong before the weights are read; several samples may get their temperature from the model.
         find_kv(kv)
@@ -149,21 +122,6 @@ def generate(
             fail("; ".join(map(str, errors)))
 
 
-@app.command()
-def convert(
-    model: Annotated[str, typer.Argument(help="Folder, 'org/name' on the Hugging Face Hub, or 'demo'.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    dtype: Annotated[
-        str, typer.Option(help="To store weights in: bfloat16, float16 or float32.")
-    ] = "bfloat16",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-) -> None:
-    """Writes a model in a form that loads straight onto several devices: kivi_jax.load(OUT, mesh=...)."""
-    with one_line_errors():
-        kivi_jax.convert(model, out, dtype, revision=revision)
-    print(f"wrote {out}")
-
-
 def conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
     """A user's message, after a system message if there is one."""
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -189,28 +147,3 @@ def print_stream(prompt: str, completions: Iterator[kivi_jax.Completion]) -> str
         printed = max(printed, len(text))
     print()
     return error
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line on stderr where its input or the machine is at fault."""
-    try:
-        jax.devices()
-    except (AssertionError, RuntimeError) as error:  # the first, without a message, for want of a plugin
-        platforms = os.environ.get("JAX_PLATFORMS", "")
-        fail(f"JAX can't start with JAX_PLATFORMS={platforms!r}: {str(error) or 'there is no such backend'}")
-    try:
-        yield
-    except BrokenPipeError:  # whoever read along has had enough
-        raise SystemExit(1) from None
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # JAX out of memory is a RuntimeError
-        fail(str(error) or "out of memory")
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    app()
