@@ -59,8 +59,7 @@ def map_prompts(
         model: as for `kivi_jax.load`; a folder has to be there on every host.
         settings: for rows without their own; None for the defaults.
         kv: storage of the KV state, as for `kivi_jax.generate`.
-        tpus: chips of an actor, which Ray calls "TPU"; those of a host, since other processes can't use the rest of
-            some hosts.
+        tpus: TPU chips of an actor, best all that a host has.
         gpus: GPUs of an actor. Without this and `tpus`, it runs on the CPU that Ray gives it.
         mesh: "DATAxMODEL", how an actor's devices are laid out: "4x1" holds the whole model on each of four and splits
             batches, "1x4" splits the model. A TPU7x chip is two devices.
@@ -133,7 +132,7 @@ def _devices(tpus: int | None, gpus: int | None, mesh: str | None) -> dict[str, 
 
 
 def _actors(concurrency: int | tuple[int, int], batches: int) -> dict[str, Any]:
-    """Arguments of `map_batches` for the pool. Ray restarts dead actors and repeats their batches, which is its default."""
+    """Arguments of `map_batches` for the pool. By default Ray restarts dead actors and repeats their batches."""
     fewest, most = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
     sizes: dict[str, Any] = {
         "min_size": read_size("concurrency", fewest),
@@ -142,5 +141,5 @@ def _actors(concurrency: int | tuple[int, int], batches: int) -> dict[str, Any]:
     # Named so from Ray 2.59 on; before, an option of the actor, which newer ones will refuse.
     name = "max_concurrent_calls_per_actor"
     if name in inspect.signature(ActorPoolStrategy).parameters:
-        return {"compute": ActorPoolStrategy(**sizes, **{name: batches})}
+        return {"compute": ActorPoolStrategy(**sizes | {name: batches})}
     return {"compute": ActorPoolStrategy(**sizes), "max_concurrency": batches}

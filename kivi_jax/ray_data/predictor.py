@@ -61,7 +61,9 @@ class KiviPredictor:
             max_positions=max_positions,
         )
         if params.tokenizer is None:
-            raise ValueError(f"{model} has no tokenizer, which texts in rows need; put its files beside the weights")
+            raise ValueError(
+                f"{model} has no tokenizer, which texts in rows need; put its files beside the weights"
+            )
         self._engine = EngineThread(
             Engine(
                 params,

@@ -27,8 +27,8 @@ class Result:
         finish_reason: "stop", "length", or "error".
         prompt_tokens: of the prompt; 0 if it was refused.
         completion_tokens: that were generated.
-        error: why there is no whole completion; "" and not None if there is one, since Parquet files whose column is all
-            null have another schema than those with an error.
+        error: why there is no whole completion; "" and not None if there is one, since a Parquet file whose column is
+            all null has another schema than those with an error.
     """
 
     generated_text: str = ""
@@ -67,7 +67,7 @@ def read_rows(
     for row in table.select(names).to_pylist():
         try:
             read.append((_read_prompt(row), _read_settings(row, defaults)))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             read.append(Result(error=str(error)))
     return read
 
@@ -75,7 +75,9 @@ def read_rows(
 def _read_prompt(row: Mapping[str, Any]) -> Prompt:
     given = [name for name in PROMPTS if row.get(name) is not None]
     if len(given) != 1:
-        raise ValueError(f"a row needs either a prompt or messages, and has {' and '.join(given) or 'neither'}")
+        raise ValueError(
+            f"a row needs either a prompt or messages, and has {' and '.join(given) or 'neither'}"
+        )
     value = row[given[0]]
     if given == ["prompt"]:
         if not isinstance(value, str):

@@ -1,6 +1,7 @@
 """On a real Ray of this machine: what rows get, and what becomes of a job whose actors die."""
 
 import gc
+import itertools
 import json
 import logging
 import os
@@ -143,7 +144,7 @@ def test_rows_get_what_their_prompts_get_alone(demo, probe, tmp_path):
     # One engine had rows of several batches in its slots.
     assert {row["pid"] for row in found.values()} == {found[0]["pid"]}
     assert max(row["most"] for row in found.values()) > 2 * ENGINE["batch_size"]
-    assert sorted(sum(kind.finished(), [])) == list(range(24))
+    assert sorted(itertools.chain(*kind.finished())) == list(range(24))
 
 
 @pytest.mark.parametrize("kind", [probes.KilledOnce, probes.DiesOnce])
@@ -178,7 +179,9 @@ def test_a_job_that_was_stopped_goes_on(demo, probe, notes, tmp_path):
     from ray.data.checkpoint import CheckpointConfig
 
     context = ray.data.DataContext.get_current()
-    context.checkpoint_config = CheckpointConfig(id_column="id", checkpoint_path=str(notes / probes.CHECKPOINT))
+    context.checkpoint_config = CheckpointConfig(
+        id_column="id", checkpoint_path=str(notes / probes.CHECKPOINT)
+    )
     try:
         source = write_lines(tmp_path / "prompts.jsonl", ROWS)
 
@@ -197,7 +200,7 @@ def test_a_job_that_was_stopped_goes_on(demo, probe, notes, tmp_path):
         run()
     finally:
         context.checkpoint_config = None
-    assert sorted(sum(resumed.finished(), written)) == list(range(24))  # nothing that was written is done again
+    assert sorted(itertools.chain(written, *resumed.finished())) == list(range(24))  # nothing is done again
     rows = pq.read_table(tmp_path / "results").to_pylist()
     assert sorted(row["id"] for row in rows) == list(range(24))
     for row in rows:
