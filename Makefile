@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
-LONG := interpreted or compiled or training or exhaustive
+LONG := interpreted or compiled or training or ray or exhaustive
 
 # $(call require_python,INTERPRETER,ADVICE)
 require_python = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
