@@ -178,6 +178,8 @@ def _run(
             params,
             job.kv,
             slots=job.slots,
+            # Of all lines, done or not, so that those of a job that goes on are computed in the same shapes.
+            most_slots=plan.lines,
             capacity=capacity,
             window=job.window,
             prefill_tokens=job.prefill_tokens,

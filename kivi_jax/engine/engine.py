@@ -83,6 +83,8 @@ class Engine:
         kv: storage of the KV state, as for `generate`.
         slots: rows of the batch. None for as many as fit the device's free memory; how many that are, and why, is then
             printed to stderr before anything is allocated.
+        most_slots: with `slots=None`, no more than these, rounded up to what the mesh can split: for a job of few
+            requests, as rows that nobody uses cost time.
         capacity: tokens that a row can hold, prompt and completion. None for 4096, or the model's positions if they are
             fewer.
         window: most tokens that a row generates between two looks at it.
@@ -106,6 +108,7 @@ class Engine:
         kv: str | KVConfig = "kivi2",
         *,
         slots: int | None = None,
+        most_slots: int | None = None,
         capacity: int | None = None,
         window: int = 64,
         prefill_tokens: int = 4096,
@@ -129,7 +132,9 @@ class Engine:
         if slots is not None and shape.slots % devices:
             raise ValueError(f"{slots} slots can't be split evenly over {devices} devices")
         if slots is None:
-            programs, plan = plan_memory(params, shape)
+            programs, plan = plan_memory(
+                params, shape, None if most_slots is None else read_size("most_slots", most_slots)
+            )
             print(plan, file=sys.stderr)
         else:
             programs = Programs(params, shape)

@@ -53,8 +53,8 @@ class MemoryPlan:
         )
 
 
-def plan_memory(params: Params, shape: Shape) -> tuple[Programs, MemoryPlan]:
-    """Programs for as many slots as fit, of `shape` but for its slots, and the sum.
+def plan_memory(params: Params, shape: Shape, most_slots: int | None = None) -> tuple[Programs, MemoryPlan]:
+    """Programs for as many slots as fit, or about `most_slots`, of `shape` but for its slots, and the sum.
 
     Raises:
         ValueError: not even one slot fits each device.
@@ -62,6 +62,8 @@ def plan_memory(params: Params, shape: Shape) -> tuple[Programs, MemoryPlan]:
     free = _free_bytes(params)
     devices = data_devices(params)
     most = MOST_SLOTS.get(_platform(params), MOST_SLOTS_ELSEWHERE)
+    if most_slots is not None:
+        most = min(most, -(-most_slots // devices))
     row = _row_bytes(params, shape, devices)
     each = min(int(free * USED_PART / row), most)
     temporaries = 0

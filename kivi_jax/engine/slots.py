@@ -42,8 +42,11 @@ class Shape:
     ends: int
 
     def width(self, length: int) -> int:
-        """Columns of the array that a prompt, or a piece of one, of this length goes to."""
-        return min(max(LEAST_WIDTH, 1 << (length - 1).bit_length()), self.prefill_tokens, self.capacity)
+        """Columns of the array that a prompt, or a piece of one, of this length goes to.
+
+        Rounding depends on them, and so nothing but the length and `prefill_tokens` decides.
+        """
+        return min(max(LEAST_WIDTH, 1 << (length - 1).bit_length()), self.prefill_tokens)
 
     def rows_at_once(self, width: int, slots: int) -> int:
         """Prompts of this width that one call prefills on a device of so many slots."""

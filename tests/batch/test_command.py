@@ -217,6 +217,7 @@ def test_sigterm(tmp_path):
     assert told.endswith("stopped by SIGTERM; the same command goes on\n")
 
 
+@pytest.mark.exhaustive
 def test_disk_that_fills_up(tmp_path):
     """No file may outgrow some bytes; without the limit the same job goes on. Settings of wrong types are in it."""
     lines = [{"prompt": "x", "max_new_tokens": 4} for _ in range(12)]

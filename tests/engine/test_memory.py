@@ -35,6 +35,7 @@ def test_slots_are_as_many_as_fit_and_the_sum_is_printed(tiny, monkeypatch, caps
 def test_more_slots_than_are_of_use_are_not_taken(tiny, monkeypatch):
     monkeypatch.setattr(memory, "MOST_SLOTS", {"cpu": 3})
     assert Engine(tiny, capacity=64).slots == 3
+    assert Engine(tiny, capacity=64, most_slots=2).slots == 2
 
 
 def test_no_memory_for_a_slot(tiny, monkeypatch):
