@@ -20,7 +20,7 @@ demo: $(RUNTIME) ## generate with the demo model from a 16-bit and a 2-bit cache
 test: $(DEV) ## run the tests of every module, in minutes; ARGS="-k name" passes options to pytest
 	$(PYTEST) --dist=worksteal -m "not ($(LONG))" $(ARGS)
 
-test-long: $(DEV) ## run the others: kernels interpreted, and compiled for TPUs and GPUs; training; more shapes
+test-long: $(DEV) ## run the others: kernels interpreted, and compiled for TPUs and GPUs; training; Ray; more shapes
 	-@$(BIN)/python -m tools.offline.gpu_wheels
 	$(PYTEST) --dist=loadfile -m "$(LONG)" $(ARGS)
 

@@ -138,6 +138,10 @@ def _actors(concurrency: int | tuple[int, int], batches: int) -> dict[str, Any]:
         "min_size": read_size("concurrency", fewest),
         "max_size": read_size("concurrency", most),
     }
+    if fewest > most:
+        raise ValueError(
+            f"concurrency must be a number of actors, or the fewest and the most, got {concurrency}"
+        )
     # Named so from Ray 2.59 on; before, an option of the actor, which newer ones will refuse.
     name = "max_concurrent_calls_per_actor"
     if name in inspect.signature(ActorPoolStrategy).parameters:

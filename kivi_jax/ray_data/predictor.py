@@ -75,7 +75,7 @@ class KiviPredictor:
                 chat_template=chat_template,
             )
         )
-        self._has_finished = False  # a batch
+        self._has_finished = False  # a batch that the engine had a part in
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """The batch with the columns of `Result` added, in the order of its rows.
@@ -95,7 +95,7 @@ class KiviPredictor:
         except EngineDied as error:
             self._end_actor(error)
             raise
-        self._has_finished = True
+        self._has_finished = self._has_finished or not all(result.error for result in results)
         return add_results(batch, results)
 
     async def _answer(self, row: tuple[Prompt, GenerationSettings] | Result) -> Result:

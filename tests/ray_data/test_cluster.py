@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("ray.data")
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -183,11 +184,12 @@ def test_a_job_that_was_stopped_goes_on(demo, probe, notes, tmp_path):
         id_column="id", checkpoint_path=str(notes / probes.CHECKPOINT)
     )
     try:
-        source = write_lines(tmp_path / "prompts.jsonl", ROWS)
+        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "prompts.parquet")
 
         def run() -> None:
-            results = map_prompts(ray.data.read_json(source), "demo", tpus=1, batches_in_flight=2, **ENGINE)
-            results.write_parquet(str(tmp_path / "results"))
+            prompts = ray.data.read_parquet(str(tmp_path / "prompts.parquet"))
+            results = map_prompts(prompts, "demo", tpus=1, batches_in_flight=2, **ENGINE)
+            results.write_parquet(str(tmp_path / "results"), min_rows_per_file=4)
 
         stopped, resumed = probes.Stopped, probes.Resumed
         probe(stopped)
@@ -223,6 +225,7 @@ def test_settings_that_are_wrong_are_found_before_anything_runs():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batches_in_flight": 0}, "batches_in_flight must be at least 1"),
         ({"concurrency": 0}, "concurrency must be at least 1"),
+        ({"concurrency": (3, 2)}, r"the fewest and the most, got \(3, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):
             map_prompts(dataset, "demo", **options)
