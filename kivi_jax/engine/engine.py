@@ -236,6 +236,9 @@ class Engine:
     ) -> Iterator[tuple[int, Completion | list[Completion]]]:
         """Yields the completions of many requests as they finish, each with the place of its request.
 
+        Not beside requests of your own, whose outputs would be passed over. What is not finished when the iterator is
+        closed is cancelled.
+
         Args:
             requests: prompts, each alone or with its own settings; read as slots become free, so it may be endless.
             settings: of prompts that come alone; None for the defaults.
@@ -247,24 +250,28 @@ class Engine:
         source = enumerate(requests)
         places: dict[int, tuple[int, GenerationSettings]] = {}
         more = True
-        while more or places:
-            while more and self.waiting <= self.slots:
-                if (item := next(source, None)) is None:
-                    more = False
-                    break
-                place, asked = item
-                prompt, own = (
-                    asked if isinstance(asked, tuple) and _has_settings(asked) else (asked, settings)
-                )
-                try:
-                    places[self.submit(prompt, own)] = place, own or GenerationSettings()
-                except ValueError as error:
-                    yield place, Completion(None, [], "error", error=str(error))
-            for output in self.step():
-                if output.finished and output.request in places:
-                    place, own = places.pop(output.request)
-                    completions = list(output.completions)
-                    yield place, completions[0] if own.n is None else completions
+        try:
+            while more or places:
+                while more and self.waiting <= self.slots:
+                    if (item := next(source, None)) is None:
+                        more = False
+                        break
+                    place, asked = item
+                    own = settings or GenerationSettings()
+                    prompt, own = asked if isinstance(asked, tuple) and _has_settings(asked) else (asked, own)
+                    try:
+                        places[self.submit(prompt, own)] = place, own
+                    except ValueError as error:
+                        yield place, Completion(None, [], "error", error=str(error))
+                for output in self.step():
+                    if output.finished and output.request in places:
+                        place, own = places.pop(output.request)
+                        completions = list(output.completions)
+                        yield place, completions[0] if own.n is None else completions
+                places = {request: of for request, of in places.items() if request in self._requests}
+        finally:
+            for request in places:
+                self.cancel(request)
 
     def _collect(self) -> list[Sample]:
         """Waits for the window in flight, frees the slots that have ended, and returns the samples with new tokens."""

@@ -250,6 +250,14 @@ def test_requests_are_read_as_slots_become_free(tiny):
     for _ in range(5):
         next(results)
     assert len(taken) < 20
+    results.close()
+    engine.step()
+    assert (engine.waiting, engine.running) == (0, 0)
+    # Requests that somebody cancels are not waited for.
+    results = engine.generate([([1], GenerationSettings(3)), ([2], GenerationSettings(40))])
+    assert next(results)[0] == 0
+    assert engine.cancel(engine._submitted - 1)
+    assert list(results) == []
 
 
 def test_what_can_never_fit_is_refused_at_once(tiny):
