@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from kivi_jax.kv import KVConfig
+from kivi_jax.kv import KVConfig, buffers
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.layer import Layer
 from kivi_jax.kv.state import KVState, empty_state
@@ -90,3 +90,19 @@ def test_arrays_are_spread_by_rows_and_heads(config, sliding_window):
     specs = layer.partition_spec("data", "model")
     assert jax.tree.structure(specs) == jax.tree.structure(layer)
     assert set(jax.tree.leaves(specs)) == {PartitionSpec("data", "model")}
+
+
+@storages
+def test_rows_are_put_alike_one_by_one_and_at_once(config, sliding_window):
+    """As on GPUs; whatever rows these are, and where what is put is shorter."""
+    (few,) = empty_state(1, 3, HEADS, 64, HEAD_DIM, config, jnp.float32, [sliding_window]).layers
+    k, v = np.random.default_rng(1).standard_normal((2, 3, 64, HEADS, HEAD_DIM)).astype(np.float32)
+    few = few.store_prompt(jnp.asarray(k), jnp.asarray(v), jnp.asarray([64, 40, 3]))
+    layer, rows = stored(config, sliding_window), jnp.asarray([3, 0, -1])
+    in_turn, at_once = (
+        jax.jit(put)(layer, few, rows) for put in (buffers._put_rows_in_turn, buffers._scatter_rows)
+    )
+    for one, other, before, new in zip(*map(jax.tree.leaves, (in_turn, at_once, layer, few)), strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one[1:3], before[1:3])
+        np.testing.assert_array_equal(one[(3, *map(slice, new.shape[1:]))], new[0])
