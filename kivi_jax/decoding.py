@@ -132,18 +132,20 @@ def continue_decoding(
         decoding: what was generated so far; it is donated.
         steps: most tokens to generate for a row.
         wanted: the rows that may go on; the others end here. None for all.
-        enough: it returns once so many rows have ended, counted from here; None once all have.
+        enough: it returns once so many of `wanted` have ended, though not before a step; None once all have.
     """
     partition = params.partition(decoding.active.size)
     if wanted is not None:
         decoding = dataclasses.replace(decoding, active=decoding.active & wanted)
-    begun = decoding.active.sum()
+    begun = (
+        decoding.active.sum() if wanted is None else wanted.sum()
+    )  # some may have ended with their first token
 
     def unfinished(carry: tuple[Array, Decoding]) -> Array:
         step, decoding = carry
         left = decoding.active.sum()
         going_on = (step < steps) & (left > 0)
-        return going_on if enough is None else going_on & (begun - left < enough)
+        return going_on if enough is None else going_on & ((step == 0) | (begun - left < enough))
 
     def take_step(carry: tuple[Array, Decoding]) -> tuple[Array, Decoding]:
         step, decoding = carry

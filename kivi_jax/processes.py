@@ -44,7 +44,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     if is_first():
         try:
             message["made"] = make()
-        except (ValueError, OSError) as raised:
+        except Exception as raised:  # of any kind: the others wait
             error = raised
             message |= {"error": str(raised), "is_value": isinstance(raised, ValueError)}
     data = json.dumps(message).encode()

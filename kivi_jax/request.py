@@ -125,9 +125,6 @@ def make_settings(
         raise ValueError(f"settings must be GenerationSettings or None, got {settings!r}")
     known = [field.name for field in dataclasses.fields(GenerationSettings)]
     if unknown := [name for name in options if name not in known]:
-        raise TypeError(
-            f"there is no option {unknown[0]!r}; options are {', '.join(known)}, chat_template, prefill_chunk, "
-            f"and in stream every"
-        )
+        raise TypeError(f"there is no option {unknown[0]!r}; settings are {', '.join(known)}")
     changes: dict[str, Any] = {**options} if n is None else {**options, "n": n}
     return dataclasses.replace(GenerationSettings() if settings is None else settings, **changes)

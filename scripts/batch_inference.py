@@ -30,7 +30,8 @@ def main(
     written = out.read_bytes() if out.exists() else b""
     whole = written[: written.rfind(b"\n") + 1]  # a killed run may leave half a line
     done = {json.loads(line)["id"] for line in whole.splitlines()}
-    requests = [json.loads(line) for line in source.read_text().splitlines()]
+    with source.open(encoding="utf-8") as lines:  # JSON may hold what else ends lines of a text
+        requests = [json.loads(line) for line in lines if line.strip()]
     todo = [request for request in requests if request["id"] not in done]
 
     engine = kivi_jax.Engine(kivi_jax.load(model), kv, slots=slots)

@@ -119,10 +119,10 @@ def test_decoding_is_interrupted_soon(tiny, monkeypatch, seconds):
     expected = kivi_jax.generate(tiny, [[1, 2, 3]], max_new_tokens=200)
     clock, made = [0.0], []
 
-    def recorder(params, decoding, steps):
+    def recorder(params, decoding, steps, wanted):
         made.append(int(steps))
         clock[0] += seconds * made[-1]
-        return continue_decoding(params, decoding, steps)
+        return continue_decoding(params, decoding, steps, wanted)
 
     monkeypatch.setattr(loop, "continue_decoding", recorder)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
@@ -141,9 +141,9 @@ def test_rows_that_a_stop_string_ended_are_inactive(lettered, monkeypatch):
     continued = []
     in_pieces = loop._continue
 
-    def recorder(params, decoding, *arguments):
-        continued.append(decoding.active.tolist())
-        return in_pieces(params, decoding, *arguments)
+    def recorder(params, decoding, steps, wanted):
+        continued.append((np.asarray(decoding.active) & wanted).tolist())
+        return in_pieces(params, decoding, steps, wanted)
 
     monkeypatch.setattr(loop, "_continue", recorder)
     first, second = kivi_jax.generate(lettered, prompts, max_new_tokens=40, stop=stop)

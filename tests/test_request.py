@@ -66,7 +66,7 @@ def test_type_hints_can_be_read():
 
 def test_unknown_options_are_named(tiny):
     with pytest.raises(
-        TypeError, match="there is no option 'max_tokens'; options are max_new_tokens, temperature"
+        TypeError, match="there is no option 'max_tokens'; settings are max_new_tokens, temperature"
     ):
         kivi_jax.generate(tiny, [[1]], max_tokens=3)
 

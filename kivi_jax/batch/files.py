@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
@@ -57,7 +58,8 @@ def write_whole(path: epath.Path, data: bytes) -> None:
     if is_remote(str(path)):
         path.write_bytes(data)
         return
-    temporary = path.parent / f".{path.name}.incomplete"
+    # Shards that share a folder may write the same file.
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.incomplete"
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -15,7 +15,7 @@ from kivi_jax.batch.files import check_file, read_lines
 from kivi_jax.batch.fingerprint import check_run, write_run
 from kivi_jax.batch.lines import Failure, read_line
 from kivi_jax.batch.loop import LOOK_AHEAD, Event, Loop, Server, longest_first
-from kivi_jax.batch.output import Output, WrittenElsewhere, open_output, run_file
+from kivi_jax.batch.output import Output, WrittenElsewhere, is_folder, open_output, run_file
 from kivi_jax.batch.plan import Plan, Rules, list_failures, make_plan
 from kivi_jax.batch.progress import Progress
 from kivi_jax.batch.requests import Request, read_request
@@ -139,7 +139,9 @@ def _open(job: Job, fingerprint: Mapping[str, Any]) -> tuple[Output, dict[str, A
         output = open_output(job.source, job.out, job.shard, job.overwrite, job.retry_errors)
         opened.append(output)
         before = {}
-        if output.used and not job.overwrite:
+        # Of shards that share a folder, another one may have begun and have no part yet.
+        begun = output.used or (is_folder(job.out) and run_file(job.out).exists())
+        if begun and not job.overwrite:
             before = check_run(run_file(job.out), job.out, fingerprint)
         return {"done": output.done, "before": before}
 
@@ -179,7 +181,7 @@ def _run(
             job.kv,
             slots=job.slots,
             # Of all lines, done or not, so that those of a job that goes on are computed in the same shapes.
-            most_slots=plan.lines,
+            most_slots=plan.samples,
             capacity=capacity,
             window=job.window,
             prefill_tokens=job.prefill_tokens,

@@ -95,6 +95,7 @@ class Loop:
         while not (stopped := largest(FAILED if self._error else stop.received or 0)):
             self._admit(requests)
             if not self._running:
+                stopped = largest(FAILED if self._error else 0)
                 break
             for event in self._engine.step():
                 self._take(event)

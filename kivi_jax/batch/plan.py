@@ -39,6 +39,7 @@ class Plan:
         failures: lines that can't be run, and have no result yet.
         done: how many lines have a result.
         failed: and how many of these results are errors.
+        samples: completions that the lines of this shard ask for, done or not.
     """
 
     lines: int
@@ -46,17 +47,19 @@ class Plan:
     failures: list[Failure]
     done: int
     failed: int
+    samples: int = 0
 
 
 def make_plan(lines: Iterable[tuple[int, bytes]], rules: Rules, done: Mapping[str, bool]) -> Plan:
     """Reads every line, and encodes the prompts of those that `done`, the ids that have a result, lacks."""
-    own, written = 0, []
+    own, samples, written = 0, 0, []
     tokens: dict[int, int] = {}
     failures: list[Failure] = []
     for number, read in _read_all(lines, rules):
         if (number - 1) % rules.shard[1] != rules.shard[0]:
             continue
         own += 1
+        samples += 0 if isinstance(read, Failure) else read.settings.n or 1
         if str(read.id) in done:
             written.append(done[str(read.id)])
             continue
@@ -65,7 +68,7 @@ def make_plan(lines: Iterable[tuple[int, bytes]], rules: Rules, done: Mapping[st
             failures.append(size)
         else:
             tokens[number] = size
-    return Plan(own, tokens, failures, len(written), sum(written))
+    return Plan(own, tokens, failures, len(written), sum(written), samples)
 
 
 def _read_all(lines: Iterable[tuple[int, bytes]], rules: Rules) -> Iterator[tuple[int, Request | Failure]]:

@@ -63,9 +63,16 @@ class Admission:
     def decoding(self, slot: int) -> bool:
         """Whether the sample in `slot` generates."""
         sample = self.slots[slot]
-        if sample is None or sample.done:
-            return False
-        return not any(slot in arrival.samples for arrival in self._in_pieces)
+        return sample is not None and not sample.done and not self.in_pieces(slot)
+
+    @property
+    def any_decodes(self) -> bool:
+        """Whether any slot's sample generates."""
+        return any(map(self.decoding, range(len(self.slots))))
+
+    def in_pieces(self, slot: int) -> bool:
+        """Whether the prompt of the sample in `slot` is not prefilled to its end."""
+        return any(slot in arrival.samples for arrival in self._in_pieces)
 
     def free(self, slot: int) -> None:
         """Takes a sample out of its slot."""
@@ -89,20 +96,25 @@ class Admission:
         return placements[0], placements[1]
 
     def prompts(self, most: int | None) -> Iterator[list[Placement]]:
-        """Whole prompts for free slots, those of one width together, until about `most` tokens, of any number if None.
+        """Whole prompts for free slots, those of one width together, of up to `most` tokens for each device, or of any
+        number if None.
 
         Long prompts get their slots, too, and come by way of `pieces`.
         """
         by_width: dict[int, list[Placement]] = {}
-        count = 0
-        while (most is None or count < most) and (arrival := self._arrive()):
-            length = len(arrival.request.tokens)
-            if length > self._shape.prefill_tokens:
-                self._in_pieces.append(arrival)
-                continue
-            width = self._shape.width(length)
-            by_width.setdefault(width, []).append(arrival.piece(length))
+        count, devices = 0, len(self.slots) // self._per_device
+        while self.waiting:
+            length = len(self.waiting[0].tokens)
+            width = 0 if length > self._shape.prefill_tokens else self._shape.width(length)
+            if most is not None and count + width > most * devices:
+                break
+            if (arrival := self._arrive()) is None:
+                break
             count += width
+            if width:
+                by_width.setdefault(width, []).append(arrival.piece(length))
+            else:
+                self._in_pieces.append(arrival)
         for width, placements in sorted(by_width.items()):
             yield from self._batches(width, placements)
 

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Unpack
 
 import numpy as np
@@ -14,12 +14,12 @@ from kivi_jax.completions import Completion, make_reader
 from kivi_jax.engine.admission import Admission
 from kivi_jax.engine.memory import data_devices, plan_memory
 from kivi_jax.engine.requests import Request, Sample
-from kivi_jax.engine.slots import Placement, Programs, Shape, Slots, Window
+from kivi_jax.engine.slots import Placement, Programs, Report, Shape, Slots, Window
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.model import Params
 from kivi_jax.request import GenerationOptions, GenerationSettings, make_settings
 from kivi_jax.rows import pad_end_tokens
-from kivi_jax.text import Prompt, encode, read_stops
+from kivi_jax.text import Prompt, encode, is_conversation, read_stops
 
 # Without a capacity that is asked for: enough for most requests, and a row's memory grows with it.
 DEFAULT_CAPACITY = 4096
@@ -54,10 +54,10 @@ class Stats:
     Attributes:
         windows: of decoding.
         steps: of decoding, each a token of every row that has not ended.
-        tokens: generated, of requests that were cancelled too.
+        tokens: generated, also those that nobody wants: of cancelled requests, and after a stop string.
         prompt_tokens: that were prefilled.
         decoding: sum over the steps of the rows that had not ended, so `decoding / steps` slots were in use.
-        host_seconds: time between windows in which the device may have had nothing to do.
+        host_seconds: from the end of a window to the start of the next, within `step`.
     """
 
     windows: int = 0
@@ -88,8 +88,8 @@ class Engine:
         capacity: tokens that a row can hold, prompt and completion. None for 4096, or the model's positions if they are
             fewer.
         window: most tokens that a row generates between two looks at it.
-        prefill_tokens: most prompt tokens that run between two windows while rows decode, and most of one prompt at
-            once.
+        prefill_tokens: most tokens of a prompt that run at once. While rows decode, no more run between two windows on
+            a device, and beside them no more than one piece of a long prompt.
         chat_template: name of the chat template for conversations, where the checkpoint has several.
 
     Attributes:
@@ -144,10 +144,11 @@ class Engine:
         self._chat_template = chat_template
         self._programs = programs
         self._admission = Admission(programs.shape, programs.devices)
-        self._batch = Slots(programs)
+        self._device = Slots(programs)
         self._window: Window | None = None
         self._requests: dict[int, Request] = {}  # by id, those that are not finished
         self._submitted = 0
+        self._broken: BaseException | None = None  # what ended a step half-way
 
     @property
     def waiting(self) -> int:
@@ -182,7 +183,9 @@ class Engine:
         Raises:
             TypeError: an option that there is not.
             ValueError: what `generate` refuses, or more tokens than the capacity.
+            RuntimeError: a step failed.
         """
+        self._check_whole()
         settings = make_settings(settings, n, **options)
         (tokens,) = encode(self._params, [prompt], self._chat_template)
         stops, end_tokens = read_stops(self._params, settings)
@@ -221,13 +224,30 @@ class Engine:
 
         Returns:
             For each request that has new tokens what it has so far, finished or not, in the order of their ids.
+
+        Raises:
+            RuntimeError: an earlier step was left half-way, by an error of the device's or by Ctrl-C. While a window
+                is waited for, Ctrl-C does no harm.
         """
-        samples = self._collect()
+        self._check_whole()
+        report = None if self._window is None else self._window.read()
         began = time.perf_counter()
-        self._admit()
-        self._window = self._decode()
-        self.stats.host_seconds += time.perf_counter() - began
-        return self._read(samples)
+        try:
+            samples = [] if report is None else self._collect(report)
+            self._admit()
+            self._window = self._decode()
+            self.stats.host_seconds += time.perf_counter() - began
+            return self._read(samples)
+        except BaseException as error:
+            self._broken = error
+            raise
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise RuntimeError(
+                f"a step of this engine failed ({type(self._broken).__name__}: {self._broken}), and what its slots "
+                f"hold is unknown; make another engine"
+            ) from self._broken
 
     def generate(
         self,
@@ -246,7 +266,19 @@ class Engine:
         Yields:
             The place of a request, from 0 on, and what `generate` returns for its prompt. For one that `submit` would
             refuse that is a completion with the finish reason "error", which tells why.
+
+        Raises:
+            ValueError: `requests` is a single prompt, or `settings` are none.
         """
+        if isinstance(requests, str | Mapping) or is_conversation(requests):
+            raise ValueError(
+                f"requests must be several prompts, got a single one; put it in a list: {requests!r}"
+            )
+        return self._generate(requests, make_settings(settings, None))
+
+    def _generate(
+        self, requests: Iterable[Prompt | tuple[Prompt, GenerationSettings]], settings: GenerationSettings
+    ) -> Iterator[tuple[int, Completion | list[Completion]]]:
         source = enumerate(requests)
         places: dict[int, tuple[int, GenerationSettings]] = {}
         more = True
@@ -257,8 +289,9 @@ class Engine:
                         more = False
                         break
                     place, asked = item
-                    own = settings or GenerationSettings()
-                    prompt, own = asked if isinstance(asked, tuple) and _has_settings(asked) else (asked, own)
+                    prompt, own = (
+                        asked if isinstance(asked, tuple) and _has_settings(asked) else (asked, settings)
+                    )
                     try:
                         places[self.submit(prompt, own)] = place, own
                     except ValueError as error:
@@ -273,45 +306,42 @@ class Engine:
             for request in places:
                 self.cancel(request)
 
-    def _collect(self) -> list[Sample]:
-        """Waits for the window in flight, frees the slots that have ended, and returns the samples with new tokens."""
-        if self._window is None:
-            return []
-        report, self._window = self._window.read(), None
+    def _collect(self, report: Report) -> list[Sample]:
+        """Frees the slots that have ended, and returns the samples with new tokens."""
         collected = []
         steps = 0
         for slot, sample in enumerate(self._admission.slots):
-            if sample is None:
+            if sample is None or self._admission.in_pieces(slot):
                 continue
-            if self._admission.decoding(slot):
-                tokens, logprobs = report.newest(slot, len(sample.tokens))
-                stepped = len(tokens) - (not sample.tokens)  # its prefill gave the first
-                steps = max(steps, stepped)
-                self.stats.tokens += len(tokens)
-                self.stats.decoding += stepped
+            tokens, logprobs = report.newest(slot, len(sample.tokens))
+            stepped = max(len(tokens) - (not sample.tokens), 0)  # its prefill gave the first
+            steps = max(steps, stepped)
+            self.stats.tokens += len(tokens)
+            self.stats.decoding += stepped
+            if not sample.done:
                 sample.add(tokens, logprobs)
                 collected.append(sample)
-            if sample.done or (self._admission.decoding(slot) and not report.active[slot]):
+            if sample.done or not report.active[slot]:
                 self._admission.free(slot)
         self.stats.windows += 1
         self.stats.steps += steps
         return collected
 
     def _admit(self) -> None:
-        """Prefills what free slots can take: all of it if nothing decodes, else about `prefill_tokens` tokens."""
+        """Prefills what free slots can take; while something decodes, `prefill_tokens` and a piece of a long prompt."""
         for slot, sample in enumerate(self._admission.slots):
             if sample is not None and sample.request.cancelled:
                 self._admission.free(slot)
-        decoding = any(map(self._admission.decoding, range(self.slots)))
         while self._admission.unfinished:
+            decoding = self._admission.any_decodes
             for placements in self._admission.prompts(
                 self._programs.shape.prefill_tokens if decoding else None
             ):
-                self._prefill(self._batch.insert, placements)
+                self._prefill(self._device.insert, placements)
             begun, further = self._admission.pieces()
-            self._prefill(self._batch.insert, begun)
-            self._prefill(self._batch.extend, further)
-            if decoding:
+            self._prefill(self._device.insert, begun)
+            self._prefill(self._device.extend, further)
+            if self._admission.any_decodes:
                 break
 
     def _prefill(self, run: Callable[[list[Placement]], None], placements: list[Placement]) -> None:
@@ -327,7 +357,7 @@ class Engine:
         if self._admission.unfinished:
             steps = max(steps // SHORT_WINDOW_PART, 1)
         enough = max(self.slots // FREED_PART, 1) if self._admission.waiting else self.slots + 1
-        return self._batch.decode(wanted, steps, enough)
+        return self._device.decode(wanted, steps, enough)
 
     def _read(self, samples: list[Sample]) -> list[Output]:
         """Makes the completions of samples with new tokens."""

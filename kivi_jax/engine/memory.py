@@ -17,6 +17,8 @@ USED_PART = 0.9  # of the free bytes; allocators lose some between arrays
 # More rows hardly gain anything: by then their tokens take longer to compute than weights to read.
 MOST_SLOTS = {"cpu": 64}
 MOST_SLOTS_ELSEWHERE = 1024
+FEW_SLOTS = 8  # which tell what programs need beside their rows
+TRIES = 4  # each compiles the programs that need most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,10 @@ class MemoryPlan:
     def rows(self) -> int:
         return self.slots // self.devices * self.row
 
+    @property
+    def needed(self) -> int:
+        return self.rows + self.temporaries
+
     def __str__(self) -> str:
         gib = 2**30
         of = f" on each of {self.devices} devices" if self.devices > 1 else ""
@@ -65,21 +71,39 @@ def plan_memory(params: Params, shape: Shape, most_slots: int | None = None) -> 
     if most_slots is not None:
         most = min(most, -(-most_slots // devices))
     row = _row_bytes(params, shape, devices)
-    each = min(int(free * USED_PART / row), most)
-    temporaries = 0
-    while each >= 1:
+    budget = free * USED_PART
+
+    def plan(each: int) -> tuple[Programs, MemoryPlan]:
         programs = Programs(params, dataclasses.replace(shape, slots=each * devices))
-        plan = MemoryPlan(each * devices, devices, shape.capacity, free, row, _temporaries(programs))
-        if plan.rows + plan.temporaries <= free * USED_PART:
-            return programs, plan
-        # Temporaries grow with the slots, so this many may fit, and fewer surely do.
-        temporaries = plan.temporaries
-        each = min(int((free * USED_PART - temporaries) / row), each - 1)
-    raise ValueError(
-        f"a slot of {shape.capacity} tokens takes {row / 2**20:.1f} MiB, programs {temporaries / 2**20:.1f} MiB, and "
-        f"{USED_PART:.0%} of {free / 2**20:.1f} MiB free may be used; lower capacity or prefill_tokens, or store keys "
-        f"and values in fewer bits"
-    )
+        return programs, MemoryPlan(
+            each * devices, devices, shape.capacity, free, row, _temporaries(programs)
+        )
+
+    few = min(FEW_SLOTS, most)
+    best = plan(few)
+    while best[1].needed > budget and few > 1:
+        few = max(few // 4, 1)
+        best = plan(few)
+    if best[1].needed > budget:
+        raise ValueError(
+            f"a slot of {shape.capacity} tokens takes {row / 2**20:.1f} MiB, programs "
+            f"{best[1].temporaries / 2**20:.1f} MiB, and {USED_PART:.0%} of {free / 2**20:.1f} MiB free may be used; "
+            f"lower capacity or prefill_tokens, or store keys and values in fewer bits"
+        )
+    # What is needed grows about evenly with the slots: mostly the first of these fits.
+    slope, too_many = float(row), most + 1
+    for _ in range(TRIES):
+        fewer, needed = best[1].slots // devices, best[1].needed
+        each = min(fewer + int((budget - needed) / slope), too_many - 1)
+        if each <= fewer:
+            break
+        tried = plan(each)
+        slope = max((tried[1].needed - needed) / (each - fewer), float(row))
+        if tried[1].needed <= budget:
+            best = tried
+        else:
+            too_many = each
+    return best
 
 
 def _row_bytes(params: Params, shape: Shape, devices: int) -> int:

@@ -98,7 +98,7 @@ class Programs:
         self.devices = params.partition(shape.slots).row_devices
         self._compiled: dict[Any, Any] = {}
         # A row's tokens of a window, and the first one, which its prefill gives.
-        self._batch: dict[str, Any] = {
+        self._sizes: dict[str, Any] = {
             "batch": shape.slots,
             "capacity": shape.capacity,
             "kv": shape.kv,
@@ -107,11 +107,11 @@ class Programs:
         }
 
     def empty(self) -> Decoding:
-        return empty_decoding(self.params, **self._batch)
+        return empty_decoding(self.params, **self._sizes)
 
     def abstract(self) -> Decoding:
         """The batch, without contents."""
-        batch = empty_decoding.eval_shape(self.params, **self._batch)
+        batch = empty_decoding.eval_shape(self.params, **self._sizes)
         if self.params.mesh is None:
             return batch
         shardings = self.params.partition(self.shape.slots).shardings(batch)
@@ -120,8 +120,8 @@ class Programs:
         )
 
     def decode(self) -> Any:
-        numbers = np.zeros(self.shape.slots, bool), np.int32(0)
-        return self._get("decode", continue_decoding, np.int32(0), *numbers)
+        steps, wanted, enough = np.int32(0), np.zeros(self.shape.slots, bool), np.int32(0)
+        return self._get("decode", continue_decoding, steps, wanted, enough)
 
     def report(self) -> Any:
         return self._get("report", report)

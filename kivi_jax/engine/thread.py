@@ -57,7 +57,7 @@ class EngineThread:
 
     def close(self) -> None:
         """Ends the thread after the step that it is in. Requests that are not finished raise `EngineDied`."""
-        self._stop(RuntimeError("it was closed"))
+        self._stop(_Closed("it was closed"))
         self._thread.join()
 
     def _run(self) -> None:
@@ -99,8 +99,14 @@ class EngineThread:
                 asked.answer.set_exception(error)
 
 
+class _Closed(Exception):
+    """Ends a thread that nobody needs any more."""
+
+
 def _died(end: BaseException) -> EngineDied:
     """An exception of its own for each who waits: raised ones remember where they were."""
+    if isinstance(end, _Closed):
+        return EngineDied("the engine gave no result: it was closed")
     reason = str(end).partition("\n")[0]  # XLA says pages where memory is full
     error = EngineDied(
         f"the engine died of {type(end).__name__}: {reason}; start it anew, with fewer slots or a smaller capacity "

@@ -25,7 +25,8 @@ class FakeEngine:
     made: list["FakeEngine"] = []  # noqa: RUF012
     before_step = staticmethod(lambda engine: None)
 
-    def __init__(self, params, kv, *, slots=None, capacity=None, **options):
+    def __init__(self, params, kv, *, slots=None, most_slots=None, capacity=None, **options):
+        self.most_slots = most_slots
         self.params, self.kv, self.slots, self.capacity, self.options = (
             params,
             kv,

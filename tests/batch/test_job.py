@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from kivi_jax.batch.fingerprint import write_run
 from kivi_jax.batch.job import Job, Outcome, run_job
-from kivi_jax.batch.output import is_folder
+from kivi_jax.batch.output import is_folder, run_file
 from kivi_jax.checkpoints.load import DEMO_FOLDER
 from tests.batch.bucket import Bucket
 from tests.batch.fake_engine import FakeEngine
@@ -77,6 +78,15 @@ def test_every_line_has_a_result(source, out):
     (engine,) = FakeEngine.made
     assert engine.params.model_type == "llama"
     assert engine.options == {"window": 2, "prefill_tokens": 4096, "chat_template": None}
+    assert engine.most_slots == 6  # of two samples and four more
+
+
+def test_shards_that_share_a_folder_are_of_one_kind_before_any_has_a_part(source, tmp_path):
+    out = f"{tmp_path}/out/"
+    os.mkdir(out)
+    write_run(run_file(out), {"kv": "bf16"}, 64)
+    with pytest.raises(ValueError, match="was begun with kv 'bf16', and this run has 'kivi2'"):
+        run(source, out, shard=(1, 2))
 
 
 def test_options_reach_the_engine(source, out):

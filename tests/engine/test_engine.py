@@ -11,7 +11,7 @@ import pytest
 import kivi_jax
 from kivi_jax import Completion, Engine, GenerationSettings, KVConfig
 from kivi_jax.engine import slots as engine_slots
-from kivi_jax.engine.slots import Slots
+from kivi_jax.engine.slots import Programs, Slots
 from tests.further import further
 
 KV = KVConfig(2, 2, 32, 32)
@@ -202,6 +202,60 @@ def test_long_prompts_do_not_hold_up_others(tiny):
     assert max(counts)[1] == 5
 
 
+def test_long_prompts_that_come_first_do_not_hold_up_others_either(tiny):
+    engine = Engine(tiny, KV, slots=3, capacity=200, window=16, prefill_tokens=16)
+    long = engine.submit([7] * 130, GenerationSettings(5))
+    short = engine.submit([1, 2, 3], GenerationSettings(5))
+    finished = []
+    while engine.running or engine.waiting:
+        finished += [output.request for output in engine.step() if output.finished]
+    assert finished == [short, long]
+
+
+def test_rows_that_end_with_their_first_token_are_filled_again(tiny):
+    """Though none of them ends in a window; the one that goes on gets a step from each."""
+    engine = Engine(tiny, KV, slots=4, capacity=128, window=64)
+    whole = alone(tiny, [5], GenerationSettings(100))[0]
+    requests = [([5], GenerationSettings(100)), *[([i], GenerationSettings(1)) for i in range(60)]]
+    found = dict(engine.generate(requests))
+    equal(found[0], whole)
+    assert all(len(found[place].tokens) == 1 for place in range(1, 61))
+    assert engine.stats.steps == 99
+    assert engine.stats.windows > 20  # three of the sixty in each
+
+
+def test_a_step_that_fails_leaves_no_engine(tiny, monkeypatch):
+    """What its slots hold is unknown, and must not become another request's."""
+    engine = Engine(tiny, KV, slots=2, capacity=64, window=8)
+    first = engine.submit([1, 2], GenerationSettings(30))
+    engine.step()
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_slots.Window, "read", lambda window: interrupted(0))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert engine.step()[0].request == first  # waiting for a window may be interrupted
+    engine.submit([3], GenerationSettings(30))
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "insert", lambda slots, placements: interrupted(0))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    for call in (engine.step, lambda: engine.submit([1])):
+        with pytest.raises(
+            RuntimeError, match=r"a step of this engine failed \(KeyboardInterrupt: .* make another"
+        ):
+            call()
+
+
+def test_requests_are_several(tiny):
+    engine = Engine(tiny, KV, slots=1, capacity=64)
+    with pytest.raises(ValueError, match="requests must be several prompts, got a single one"):
+        engine.generate("a text")
+
+
 def test_stop_strings_end_rows_and_texts_are_read(lettered):
     prompts = ["w1 w2", "w3", "w4 w4"]
     whole = kivi_jax.generate(lettered, prompts, KV, max_new_tokens=40)
@@ -213,13 +267,18 @@ def test_stop_strings_end_rows_and_texts_are_read(lettered):
     assert [found[place] for place in range(3)] == expected
 
 
-def test_end_tokens_beyond_those_of_the_device(tiny):
+def test_end_tokens_beyond_those_of_the_device(tiny, monkeypatch):
     """A checkpoint's and a request's: whatever their number, each ends its row."""
     tokens = kivi_jax.generate(tiny, [[1, 2]], KV, max_new_tokens=30)[0].tokens
-    params = dataclasses.replace(tiny, end_tokens=(tokens[6],))
+    others = [token for token in range(100) if token not in tokens]
+    params = dataclasses.replace(tiny, end_tokens=(*others[:12], tokens[6]))
     expected = kivi_jax.generate(params, [[1, 2]], KV, max_new_tokens=30)[0]
     assert expected.finish_reason == "stop"
     engine = Engine(params, KV, slots=2, capacity=64, window=8)
+    monkeypatch.setattr(
+        engine, "_programs", Programs(params, dataclasses.replace(engine._programs.shape, ends=4))
+    )
+    engine._device = Slots(engine._programs)
     ignoring = GenerationSettings(30, ignore_eos=True)
     found = dict(engine.generate([([1, 2], GenerationSettings(30)), ([1, 2], ignoring)]))
     assert found[0] == expected

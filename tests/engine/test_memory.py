@@ -24,7 +24,7 @@ def test_slots_are_as_many_as_fit_and_the_sum_is_printed(tiny, monkeypatch, caps
     assert line.startswith(f"engine: {engine.slots} slots of 512 tokens: ")
     assert line.endswith("of 0.03 GiB free\n")
     shape = engine._programs.shape
-    state = kv_bytes(engine._batch._decoding.state)
+    state = kv_bytes(engine._device._decoding.state)
     needed = state + memory._temporaries(engine._programs)
     assert 0.6 * 32 * MIB < needed < 32 * MIB
     assert shape.slots == engine.slots > 8
