@@ -28,8 +28,16 @@ import kivi_jax  # noqa: E402
 from tests.tiny_checkpoint import TINY, write_checkpoint  # noqa: E402
 
 
+LONGEST = {"test_partition.py", "test_train_demo.py", "test_killed.py", "test_cluster.py", "test_gpu.py"}
+
+
 def pytest_report_header() -> str:
     return f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, backend {jax.default_backend()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with tests of a minute come first, so that no worker is left alone with one in the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="module", autouse=True)
