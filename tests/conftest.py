@@ -27,7 +27,6 @@ jaxtyping.install_import_hook("kivi_jax", "beartype.beartype")
 import kivi_jax  # noqa: E402
 from tests.tiny_checkpoint import TINY, write_checkpoint  # noqa: E402
 
-
 LONGEST = {"test_partition.py", "test_train_demo.py", "test_killed.py", "test_cluster.py", "test_gpu.py"}
 
 
