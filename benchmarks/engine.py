@@ -166,10 +166,13 @@ def main(
     capacity: Annotated[
         int | None, typer.Option(help="tokens of a row; at most the model's positions")
     ] = None,
+    max_positions: Annotated[
+        int | None, typer.Option(help="of the model, where lengths alone matter")
+    ] = None,
     window: Annotated[int, typer.Option(help="most steps of a window")] = 64,
     fixed: Annotated[bool, typer.Option(help="also run fixed batches")] = True,
 ) -> None:
-    params = kivi_jax.load(model, dtype=dtype)
+    params = kivi_jax.load(model, dtype=dtype, max_positions=max_positions)
     capacity = min(capacity or 4096, params.config.max_positions)
     asked = workload(requests, capacity, params.config.vocab_size)
     tokens = sum(request.tokens for request in asked)
@@ -180,8 +183,13 @@ def main(
     fewer = max(slots * row // unquantized, 1)
     print(
         f"{requests} requests, {tokens} tokens, rows of {capacity}: {row / 2**20:.1f} MiB with {kv}, "
-        f"{unquantized / 2**20:.1f} MiB with bf16\n{HEADER}"
+        f"{unquantized / 2**20:.1f} MiB with bf16"
     )
+    steps = sum(
+        max(request.tokens for request in asked[start : start + slots]) - 1
+        for start in range(0, requests, slots)
+    )
+    print(f"fixed batches of {slots} take {steps} steps, {steps / (tokens / slots):.2f} × ideal\n{HEADER}")
 
     def engine(kv: str, slots: int) -> Engine:
         return Engine(params, kv, slots=slots, capacity=capacity, window=window)

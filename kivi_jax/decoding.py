@@ -137,9 +137,8 @@ def continue_decoding(
     partition = params.partition(decoding.active.size)
     if wanted is not None:
         decoding = dataclasses.replace(decoding, active=decoding.active & wanted)
-    begun = (
-        decoding.active.sum() if wanted is None else wanted.sum()
-    )  # some may have ended with their first token
+    # Of the wanted, some may have ended with their first token.
+    begun = decoding.active.sum() if wanted is None else wanted.sum()
 
     def unfinished(carry: tuple[Array, Decoding]) -> Array:
         step, decoding = carry
@@ -168,10 +167,8 @@ def take_token(decoding: Decoding, logits: Float[Array, "B vocab"]) -> Decoding:
     token = jnp.where(failed, NO_TOKEN, chosen)
     ended = failed | (token[:, None] == rows.end_tokens).any(-1) | (counts + 1 >= rows.limits)
     row, columns = jnp.arange(counts.size), decoding.tokens.shape[1]
-    place = (
-        row,
-        jnp.where(active, slot_of(counts, columns), columns),
-    )  # which leaves out rows that have ended
+    # Rows that have ended are left out.
+    place = (row, jnp.where(active, slot_of(counts, columns), columns))
     logprobs, seen = decoding.logprobs, decoding.seen
     if logprobs is not None:
         taken = jax.lax.cond(

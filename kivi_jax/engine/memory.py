@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from kivi_jax.engine.slots import Programs, Shape
 from kivi_jax.model import Params
 from kivi_jax.models.sharding import DATA_AXIS
+from kivi_jax.processes import largest
 
 USED_PART = 0.9  # of the free bytes; allocators lose some between arrays
 # More rows hardly gain anything: by then their tokens take longer to compute than weights to read.
@@ -150,9 +150,9 @@ def _platform(params: Params) -> str:
 def _free_bytes(params: Params) -> int:
     """Of the device that has fewest, on all processes."""
     free = min(map(_free_on, _devices(params)))
-    if jax.process_count() > 1:
-        free = int(multihost_utils.process_allgather(np.int64(free)).min())
-    return free
+    if jax.process_count() == 1:
+        return free
+    return -largest(-(free >> 20)) << 20  # in MiB, as JAX's numbers have 32 bits
 
 
 def _free_on(device: Any) -> int:
