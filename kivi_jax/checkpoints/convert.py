@@ -1,7 +1,10 @@
 """Converts models to Orbax checkpoints, from which the devices of any mesh read their own parts."""
 
+import contextlib
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -38,8 +41,8 @@ def convert(
     with jax.default_device(_host()):  # a model may be too large for the first accelerator
         weights = flatten_paths(load(source, dtype).weights)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".incomplete", dir=out.parent) as parent:
-        folder = Path(parent, out.name)
+    with _hidden_folder(out) as parent:
+        folder = parent / out.name
         folder.mkdir()
         save_weights(folder, weights)
         files = {
@@ -52,6 +55,21 @@ def convert(
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(files[name], folder / name)
         folder.rename(out)
+
+
+@contextlib.contextmanager
+def _hidden_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that is gone in the end."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".incomplete", dir=out.parent))
+    try:
+        yield folder
+    finally:
+        # Threads of a write that failed may still add files: the folder is then not empty once it was emptied.
+        for _ in range(100):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)
 
 
 def _host() -> jax.Device | None:

@@ -34,5 +34,5 @@ def one_line_errors(first: Callable[[], None] | None = None) -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.write(f"error: {message}\n")  # at once, since other threads may write, too
     raise SystemExit(1)

@@ -1,5 +1,6 @@
 """Models written as Orbax checkpoints and loaded again."""
 
+import errno
 import json
 import os
 import shutil
@@ -95,6 +96,27 @@ def test_a_failed_conversion_leaves_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", no_space)
     with pytest.raises(OSError, match="No space left"):
         kivi_jax.convert(source, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_failed_conversion_leaves_nothing_though_threads_still_write(source, tmp_path, monkeypatch):
+    """As where a disk fills up: the write has failed, but TensorStore's threads go on for a moment."""
+
+    def no_space(*arguments):
+        raise OSError("No space left on device")
+
+    def not_empty_at_first(path, **options):
+        if failures:
+            raise failures.pop()
+        rmdir(path, **options)
+
+    rmdir = os.rmdir
+    failures = [OSError(errno.ENOTEMPTY, "Directory not empty") for _ in range(3)]
+    monkeypatch.setattr(shutil, "copyfile", no_space)
+    monkeypatch.setattr(os, "rmdir", not_empty_at_first)
+    with pytest.raises(OSError, match="No space left"):
+        kivi_jax.convert(source, tmp_path / "out")
+    assert not failures
     assert not any(tmp_path.iterdir())
 
 
