@@ -10,6 +10,7 @@ from kivi_jax.generation import generate, stream
 from kivi_jax.kv import KVConfig, KVState, kv_bytes
 from kivi_jax.model import Params
 from kivi_jax.request import GenerationSettings
+from kivi_jax.scoring import Score, score
 from kivi_jax.steps import decode_step, extend, init_state, prefill
 from kivi_jax.version import __version__
 
@@ -22,6 +23,7 @@ __all__ = [
     "KVState",
     "Output",
     "Params",
+    "Score",
     "__version__",
     "convert",
     "decode_step",
@@ -32,5 +34,6 @@ __all__ = [
     "kv_bytes",
     "load",
     "prefill",
+    "score",
     "stream",
 ]

@@ -1,7 +1,8 @@
 """What a model's layers call for attention: it attends, and stores the new keys and values.
 
-One function for each of whole prompts, chunks and single tokens. Each runs on one device's rows and heads: with
-`Partition.attend`, what comes first of their arguments becomes the `Attend` that models call.
+One function for each of whole prompts, chunks and single tokens, and one for texts as if decoded. Each runs on one
+device's rows and heads: with `Partition.attend`, what comes first of their arguments becomes the `Attend` that models
+call.
 """
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from kivi_jax.kv.buffers import finite, once_computed
 from kivi_jax.kv.layer import Layer
 from kivi_jax.pallas_kernels.decode_attention.api import Implementation, decode_attention
+from kivi_jax.pallas_kernels.decode_attention.in_parallel import decode_attention_in_parallel
 from kivi_jax.pallas_kernels.heads import Heads
 from kivi_jax.pallas_kernels.prefill_attention.api import prefill_attention
 
@@ -68,3 +70,27 @@ def attend_token(
     attended = jnp.where(active, lengths, 0)  # rows that have ended must not cost reads
     out = decode_attention(q, k, v, layer, attended, heads, implementation)
     return out, layer.append_token(finite(k[:, 0]), finite(v[:, 0]), lengths, once_computed(active, out))
+
+
+def attend_as_decoded(
+    prompt_width: int,
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    layer: Layer,
+    heads: Heads,
+    prompt_lengths: Int[Array, " B"],
+) -> tuple[Float[Array, "B T Hq D"], Layer]:
+    """Texts of a prompt, of at most `prompt_width` tokens, and of others that attend as if each had been decoded.
+
+    Nothing is stored: `layer` only says how it would be.
+    """
+    if layer.flush_every is None:
+        return prefill_attention(q, k, v, layer.sliding_window, heads), layer
+    prompt = slice(prompt_width)
+    of_prompt = prefill_attention(q[:, prompt], k[:, prompt], v[:, prompt], layer.sliding_window, heads)
+    k, v = finite(k), finite(v)
+    decoded = decode_attention_in_parallel(q, k, v, layer, prompt_lengths, heads)
+    in_prompt = (jnp.arange(prompt_width) < prompt_lengths[:, None])[..., None, None]
+    first = jnp.where(in_prompt, of_prompt, decoded[:, prompt])
+    return jax.lax.dynamic_update_slice_in_dim(decoded, first, 0, axis=1), layer

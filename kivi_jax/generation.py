@@ -10,7 +10,6 @@ from kivi_jax.completions import Completion, make_reader
 from kivi_jax.kv.config import KVConfig, resolve_kv
 from kivi_jax.loop import run
 from kivi_jax.model import Params
-from kivi_jax.models.sharding import DATA_AXIS
 from kivi_jax.request import GenerationOptions, GenerationSettings, make_settings
 from kivi_jax.text import Conversation, Prompt, encode, is_conversation, read_stops
 
@@ -185,9 +184,8 @@ def stream(
         )
     if not ids:
         return iter([[]])
-    devices = 1 if params.mesh is None else params.mesh.shape.get(DATA_AXIS, 1)
     samples = settings.n or 1
-    batch = PromptBatch.pad(ids, settings.max_new_tokens, samples, devices)
+    batch = PromptBatch.pad(ids, settings.max_new_tokens, samples, params.data_devices)
     readers = [
         make_reader(params, prompt, tokens, settings, stops, end_tokens)
         for prompt, tokens in zip(listed, ids, strict=True)

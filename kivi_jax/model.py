@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from kivi_jax.models.decoder import Decoder
 from kivi_jax.models.registry import Config, abstract_model
+from kivi_jax.models.sharding import DATA_AXIS
 from kivi_jax.pallas_kernels.decode_attention.api import Implementation
 from kivi_jax.partition import Partition, make_partition
 from kivi_jax.promotion import with_usual_promotion
@@ -70,6 +71,11 @@ class Params:
         """The Flax module with these weights."""
         graph, _ = abstract_model(self.model_type, self.config, self.dtype)
         return nnx.merge(graph, self.weights)
+
+    @property
+    def data_devices(self) -> int:
+        """How many parts of equally many rows the mesh splits batches into."""
+        return 1 if self.mesh is None else self.mesh.shape.get(DATA_AXIS, 1)
 
     def partition(self, batch: int) -> Partition:
         """How a batch is spread over the mesh."""

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from kivi_jax.model import Params
 from kivi_jax.request import GenerationSettings
 
 Conversation = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Conversation
+Text = str | Sequence[int]
+Pair = tuple[Text, Text]
 
 # transformers' name for a checkpoint's only chat template, or for the one to use when no name is given.
 DEFAULT_TEMPLATE = "default"
@@ -78,23 +82,68 @@ def encode(params: Params, prompts: Sequence[Prompt], chat_template: str | None 
         ValueError: a prompt is empty, not valid Unicode or not a `Prompt`, or has a token outside the vocabulary; there
             is a text but no tokenizer; or a conversation but no such chat template, or one that refuses it.
     """
-    encoded = []
-    for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            _check_unicode(prompt, number)
-            ids = _tokenizer(params).encode(prompt) if prompt else []
-        elif is_conversation(prompt):
-            ids = _encode_conversation(_tokenizer(params), prompt, number, chat_template)
-        else:
-            ids = _check_ids(prompt, number)
-        if not ids:
-            raise ValueError(f"prompt {number} is empty; give it at least one token")
-        if outside := [token for token in ids if not 0 <= token < params.config.vocab_size]:
-            raise ValueError(
-                f"prompt {number} has token {outside[0]}, outside the vocabulary of {params.config.vocab_size}"
-            )
-        encoded.append(ids)
-    return encoded
+    return [
+        _encode_prompt(params, prompt, f"prompt {number}", chat_template)
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def encode_pair(params: Params, pair: Any, name: str) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of its continuation, which is what follows it in both together, if tokens don't merge
+    over the border; or of a single text's first token and the others. The context of "" is the beginning token.
+
+    Args:
+        params: the model.
+        pair: `(context, continuation)`, of texts or lists of token ids, or one of these.
+        name: of the pair, for errors.
+
+    Raises:
+        ValueError: as `encode`, or a part has no tokens.
+    """
+    if isinstance(pair, str) or not _is_pair(pair):
+        ids = _encode_prompt(params, pair, name)
+        if len(ids) < 2:
+            raise ValueError(f"{name} has a single token, which nothing comes before; give it a context")
+        return ids[:1], ids[1:]
+    context, continuation = pair
+    if context == "":
+        first = _tokenizer(params).encode("")
+        if not first:
+            raise ValueError(f"the context of {name} is empty, and this tokenizer has no beginning token")
+    else:
+        first = _encode_prompt(params, context, f"the context of {name}")
+    if isinstance(context, str) and isinstance(continuation, str) and continuation:
+        both = _encode_prompt(params, context + continuation, name)
+        if len(both) > len(first) and both[: len(first)] == first:
+            return first, both[len(first) :]
+    return first, _encode_prompt(params, continuation, f"the continuation of {name}", special_tokens=False)
+
+
+def _is_pair(pair: Any) -> bool:
+    return (
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and all(isinstance(part, str | Sequence | np.ndarray) for part in pair)
+    )
+
+
+def _encode_prompt(
+    params: Params, prompt: Any, name: str, chat_template: str | None = None, special_tokens: bool = True
+) -> list[int]:
+    if isinstance(prompt, str):
+        _check_unicode(prompt, name)
+        ids = _tokenizer(params).encode(prompt, add_special_tokens=special_tokens) if prompt else []
+    elif is_conversation(prompt):
+        ids = _encode_conversation(_tokenizer(params), prompt, name, chat_template)
+    else:
+        ids = _check_ids(prompt, name)
+    if not ids:
+        raise ValueError(f"{name} is empty; give it at least one token")
+    if outside := [token for token in ids if not 0 <= token < params.config.vocab_size]:
+        raise ValueError(
+            f"{name} has token {outside[0]}, outside the vocabulary of {params.config.vocab_size}"
+        )
+    return ids
 
 
 def _tokenizer(params: Params) -> Any:
@@ -103,32 +152,32 @@ def _tokenizer(params: Params) -> Any:
     return load_tokenizer(params.tokenizer)
 
 
-def _check_unicode(prompt: str, number: int) -> None:
+def _check_unicode(prompt: str, name: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:  # lone surrogates, which Python makes of bytes that are not UTF-8
-        raise ValueError(f"prompt {number} is not valid Unicode: {error}") from None
+        raise ValueError(f"{name} is not valid Unicode: {error}") from None
 
 
-def _check_ids(prompt: Any, number: int) -> list[int]:
+def _check_ids(prompt: Any, name: str) -> list[int]:
     try:
         if not isinstance(prompt, bytes | bytearray | Mapping):  # these may consist of integers, too
             return [operator.index(token) for token in prompt]
     except TypeError:
         pass
     raise ValueError(
-        f"prompt {number} must be a text, a list of token ids or a list of messages, got {prompt!r}; "
+        f"{name} must be a text, a list of token ids or a list of messages, got {prompt!r}; "
         f"a single list of ids belongs in another list, and a single message in a list"
     )
 
 
 def _encode_conversation(
-    tokenizer: Any, messages: Conversation, number: int, chat_template: str | None
+    tokenizer: Any, messages: Conversation, name: str, chat_template: str | None
 ) -> list[int]:
     """Token ids of the messages and the answer's header, as the checkpoint's chat template formats them."""
     for message in messages:
         if "role" not in message:
-            raise ValueError(f"a message of prompt {number} needs a 'role', got {dict(message)!r}")
+            raise ValueError(f"a message of {name} needs a 'role', got {dict(message)!r}")
     template = _find_template(tokenizer.chat_template, chat_template)
     try:
         # Jinja runs the template in its sandbox. The template adds beginning tokens, and nothing else does.
@@ -137,7 +186,7 @@ def _encode_conversation(
         )
     except Exception as error:  # templates raise any kind for conversations that they don't accept
         raise ValueError(
-            f"prompt {number}: the checkpoint's chat template does not take this conversation: {error}"
+            f"{name}: the checkpoint's chat template does not take this conversation: {error}"
         ) from error
 
 

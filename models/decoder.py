@@ -44,12 +44,19 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         layers_kv: Sequence[Any],
         attend: Attend,
+        lengths: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T hidden"], tuple[Any, ...]]:
-        """Final hidden states of `tokens`, and every layer's KV as `attend` left it."""
+        """Final hidden states of `tokens`, and every layer's KV as `attend` left it.
+
+        `lengths` is how long the text is in the pass that computes each token (dynamic RoPE depends on it); by default
+        all tokens of a row are of one pass, which ends with the last position.
+        """
         config, angles = self.config, None
         if config.alibi_slopes is None:
             frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-            angles = rotary_angles(positions, frequencies, config.rope_scaling)
+            if lengths is None:
+                lengths = positions.max(axis=1, keepdims=True) + 1
+            angles = rotary_angles(positions, frequencies, config.rope_scaling, lengths)
         x = self.embed(tokens)
         new_layers_kv = []
         for layer, layer_kv in zip(self.layers, layers_kv, strict=True):

@@ -89,13 +89,13 @@ class DynamicRope:
         return frequencies
 
     def stretch(
-        self, frequencies: Float[Array, " half_dim"], lengths: Int[Array, " B"]
-    ) -> Float[Array, "B half_dim"]:
+        self, frequencies: Float[Array, " half_dim"], lengths: Int[Array, "*shape"]
+    ) -> Float[Array, "*shape half_dim"]:
         """theta' = theta · growth^(D / (D − 2)), and channel i turns by theta'^(−2i / D)."""
         original = self.original_max_position_embeddings
         growth = self.factor * jnp.maximum(lengths, original) / original - (self.factor - 1)
         exponents = np.arange(frequencies.shape[0]) / (frequencies.shape[0] - 1)
-        return frequencies * growth[:, None] ** -jnp.asarray(exponents, jnp.float32)
+        return frequencies * growth[..., None] ** -jnp.asarray(exponents, jnp.float32)
 
 
 RopeScaling = LinearRope | Llama3Rope | YarnRope | DynamicRope
@@ -112,13 +112,16 @@ def inverse_frequencies(
 
 
 def rotary_angles(
-    positions: Int[Array, "B T"], frequencies: Float[Array, " half_dim"], scaling: RopeScaling | None
+    positions: Int[Array, "B T"],
+    frequencies: Float[Array, " half_dim"],
+    scaling: RopeScaling | None,
+    lengths: Int[Array, "B #T"],  # noqa: F821
 ) -> Angles:
-    """Cosines and sines of the rotation angles, with an axis for the heads."""
-    per_row = frequencies
+    """Cosines and sines of the rotation angles, with an axis for the heads, in texts of `lengths` tokens."""
+    stretched = frequencies
     if isinstance(scaling, DynamicRope):
-        per_row = scaling.stretch(frequencies, positions.max(axis=1) + 1)[:, None, None]
-    angles = positions[..., None, None].astype(jnp.float32) * per_row
+        stretched = scaling.stretch(frequencies, lengths)[:, :, None]
+    angles = positions[..., None, None].astype(jnp.float32) * stretched
     amplitude = scaling.attention_factor if isinstance(scaling, YarnRope) else 1.0
     return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 

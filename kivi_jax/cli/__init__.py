@@ -8,6 +8,7 @@ import kivi_jax
 from kivi_jax.cli.batch import batch
 from kivi_jax.cli.convert import convert
 from kivi_jax.cli.errors import one_line_errors
+from kivi_jax.cli.evaluate import evaluate
 from kivi_jax.cli.generate import generate
 
 __all__ = ["app", "one_line_errors"]
@@ -34,3 +35,4 @@ def main(
 app.command()(generate)
 app.command()(batch)
 app.command()(convert)
+app.command("eval")(evaluate)

@@ -12,7 +12,7 @@ import numpy as np
 from kivi_jax.arguments import read_size
 from kivi_jax.completions import Completion, make_reader
 from kivi_jax.engine.admission import Admission
-from kivi_jax.engine.memory import data_devices, plan_memory
+from kivi_jax.engine.memory import plan_memory
 from kivi_jax.engine.requests import Request, Sample
 from kivi_jax.engine.slots import Placement, Programs, Report, Shape, Slots, Window
 from kivi_jax.kv.config import KVConfig, resolve_kv
@@ -128,7 +128,7 @@ class Engine:
             read_size("prefill_tokens", prefill_tokens),
             len(pad_end_tokens(params.end_tokens)) + 4,  # some for stop strings that are special tokens
         )
-        devices = data_devices(params)
+        devices = params.data_devices
         if slots is not None and shape.slots % devices:
             raise ValueError(f"{slots} slots can't be split evenly over {devices} devices")
         if slots is None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from kivi_jax.engine.slots import Programs, Shape
 from kivi_jax.model import Params
-from kivi_jax.models.sharding import DATA_AXIS
 from kivi_jax.processes import largest
 
 USED_PART = 0.9  # of the free bytes; allocators lose some between arrays
@@ -66,7 +65,7 @@ def plan_memory(params: Params, shape: Shape, most_slots: int | None = None) -> 
         ValueError: not even one slot fits each device.
     """
     free = _free_bytes(params)
-    devices = data_devices(params)
+    devices = params.data_devices
     most = MOST_SLOTS.get(_platform(params), MOST_SLOTS_ELSEWHERE)
     if most_slots is not None:
         most = min(most, -(-most_slots // devices))
@@ -132,11 +131,6 @@ def _temporaries(programs: Programs) -> int:
     if shape.capacity > shape.prefill_tokens:
         needed.append(programs.extend())
     return max(int(program.memory_analysis().temp_size_in_bytes) for program in needed)
-
-
-def data_devices(params: Params) -> int:
-    """Devices that a batch is split over."""
-    return 1 if params.mesh is None else params.mesh.shape.get(DATA_AXIS, 1)
 
 
 def _devices(params: Params) -> list[Any]:

@@ -103,6 +103,14 @@ class Layer(abc.ABC):
         an array `[B, H, ...]`.
         """
 
+    @abc.abstractmethod
+    def read_back(
+        self, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]
+    ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T D"]]:
+        """What the first T tokens of rows are read as once they are all flushed; anything for those of a block that T
+        cuts off.
+        """
+
     def take_rows(self, rows: Int[Array, " N"]) -> "Layer":
         """These rows, of which one may be there several times."""
         return jax.tree.map(lambda array: take_rows(array, rows), self)

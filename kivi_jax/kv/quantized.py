@@ -269,6 +269,22 @@ class QuantizedLayer(Layer):
         )
         return dataclasses.replace(layer, sink_k=sink_k, sink_v=sink_v)
 
+    def read_back(
+        self, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]
+    ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T D"]]:
+        config, tokens = self.config, jnp.arange(k.shape[2])
+        filling = ((0, 0), (0, 0), (0, -tokens.size % config.residual_length), (0, 0))
+        packed_k, packed_v = self._quantize(
+            jnp.pad(self._without_sinks(k, tokens), filling), jnp.pad(v, filling)
+        )
+        decoded_k = dequantize_keys(packed_k, config.key_bits, config.group_size)
+        decoded_v = dequantize_values(packed_v, config.value_bits, config.group_size)
+        is_sink = (tokens < config.sink_tokens)[:, None]
+        return (
+            jnp.where(is_sink, k, decoded_k[:, :, : tokens.size]),
+            jnp.where(is_sink, v, decoded_v[:, :, : tokens.size]),
+        )
+
     def regions(
         self, lengths: Int[Array, " B"], of_heads: Callable[[Array], Array] = lambda x: x
     ) -> tuple[Region, ...]:

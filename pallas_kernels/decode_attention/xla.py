@@ -105,7 +105,7 @@ def decode_attention(
     k, v = (heads.of_new(x).swapaxes(1, 2) for x in (k, v))
     new = k.shape[2]
     queries = Queries.group(q, k.shape[1], lengths, layer.sliding_window, heads.alibi_slopes)
-    sums = _attend_new(queries, k, v)
+    sums = attend_new(queries, k, v)
     # Exact tokens can be read in place and all at once, unless that made a matrix of scores or a copy of some heads.
     at_once = new == 1 and k.shape[1] == layer.num_kv_heads
     for region in layer.regions(lengths, heads.of_stored):
@@ -131,7 +131,7 @@ def _attend_region(sums: OnlineSoftmax, queries: Queries, region: Region, block:
     return _over_blocks(attend, sums, region.used, region.size, block)
 
 
-def _attend_new(queries: Queries, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]) -> OnlineSoftmax:
+def attend_new(queries: Queries, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]) -> OnlineSoftmax:
     """The new tokens: first each itself, which gives the sums a finite maximum, then those before it."""
     batch, num_kv_heads, new, head_dim = k.shape
     rows = queries.vectors.shape[2]

@@ -1,0 +1,62 @@
+"""Evaluations as Markdown tables."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from kivi_jax.evaluation.text_quality import BASELINE, Summary
+from kivi_jax.kv.config import KVConfig
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column is of text, the others are of numbers."""
+    lines = [columns, [":--", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def text_table(results: Mapping[str, Sequence[Summary]], configs: Mapping[str, KVConfig]) -> str:
+    """A row for each cache, and below it one for each range of positions."""
+    rows = []
+    for name, summaries in results.items():
+        for number, found in enumerate(summaries):
+            label = name if number == 0 else f"{name}, positions {found.first:,}–{found.last:,}"
+            rows.append(
+                (
+                    label,
+                    f"{configs[name].bits_per_value():.2f}",
+                    f"{found.from_codes:.0%}",
+                    f"{found.loss:.4f}",
+                    f"{found.perplexity:.2f}",
+                    f"{found.divergence:.4f}",
+                    f"{found.agreement:.1%}",
+                )
+            )
+    return table(
+        ("kv", "bits", "from codes", "loss", "perplexity", f"KL from {BASELINE}", "same token"), rows
+    )
+
+
+def needle_table(results: Mapping[str, Mapping[int, Mapping[float, float]]]) -> str:
+    """Share of needles found by each cache, at every length, over all depths and at each."""
+    rows = []
+    for name, lengths in results.items():
+        for length, depths in lengths.items():
+            shares = [sum(depths.values()) / len(depths), *depths.values()]
+            rows.append((f"{name}, {length:,} tokens", *(f"{share:.0%}" for share in shares)))
+    depths = next(iter(next(iter(results.values())).values()))
+    return table(("kv", "found", *(f"at {depth:.0%}" for depth in depths)), rows)
+
+
+def task_table(results: Mapping[str, Mapping[tuple[str, str], float]]) -> str:
+    """The harness's metrics by task and name, side by side, and how far each cache is from the first one."""
+    names = list(results)
+    columns = ["task", *names, *(f"{name} − {names[0]}" for name in names[1:])]
+    rows = []
+    for key in results[names[0]]:
+        values = [results[name].get(key, float("nan")) for name in names]
+        rows.append(
+            (
+                ", ".join(key),
+                *(f"{value:.4f}" for value in values),
+                *(f"{value - values[0]:+.4f}" for value in values[1:]),
+            )
+        )
+    return table(columns, rows)
