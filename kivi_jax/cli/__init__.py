@@ -10,6 +10,7 @@ from kivi_jax.cli.convert import convert
 from kivi_jax.cli.errors import one_line_errors
 from kivi_jax.cli.evaluate import evaluate
 from kivi_jax.cli.generate import generate
+from kivi_jax.compilation_cache import keep_compiled_programs
 
 __all__ = ["app", "one_line_errors"]
 
@@ -30,6 +31,7 @@ def main(
     ] = False,
 ) -> None:
     """LLM inference in JAX with a 2-bit key-value cache."""
+    keep_compiled_programs()
 
 
 app.command()(generate)

@@ -11,8 +11,9 @@ from tqdm import tqdm
 import kivi_jax
 from kivi_jax.cli.errors import one_line_errors
 from kivi_jax.cli.options import DType, MaxPositions, Model, Revision
-from kivi_jax.evaluation.needle import find_needles, make_cases
+from kivi_jax.evaluation.needle import MAX_NEW_TOKENS, find_needles, make_cases
 from kivi_jax.evaluation.report import needle_table, task_table, text_table
+from kivi_jax.evaluation.tasks import Tasks
 from kivi_jax.evaluation.text_quality import BASELINE, compare, cut_windows, summarize
 from kivi_jax.kv import PRESETS
 from kivi_jax.kv.config import KVConfig, resolve_kv
@@ -74,22 +75,45 @@ def evaluate(
             raise ValueError("--needle hides numbers in texts; name files of text")
         if prompt_tokens >= length:
             raise ValueError(f"--prompt-tokens {prompt_tokens} leave nothing to predict of {length}")
-        names = [name for given in kv or DEFAULT_KVS for name in given.split(",")]
+        if out is not None and not out.parent.is_dir():
+            raise ValueError(f"there is no folder {out.parent} for --json {out}")
+        text = "\n\n".join(map(_read, texts or []))
+        tasks = Tasks(task) if task else None
         params = kivi_jax.load(model, dtype, revision=revision, max_positions=max_positions)
+        positions = params.config.max_positions
+        if texts and length > positions:
+            raise ValueError(f"--length {length} exceeds the model's {positions} positions")
+        if needle and max(needle) > positions - MAX_NEW_TOKENS:
+            raise ValueError(
+                f"--needle {max(needle)} and an answer of {MAX_NEW_TOKENS} tokens exceed the model's {positions} "
+                f"positions"
+            )
+        names = [name for given in kv or DEFAULT_KVS for name in given.split(",")]
         layers = params.config.num_layers
         configs = {name: resolve_kv(name, params.config.head_dim, layers) for name in names}
         report: dict[str, Any] = {"model": model, "dtype": dtype}
         if texts:
-            text = "\n\n".join(file.read_text(encoding="utf-8") for file in texts)
             report["text"] = _measure_text(
                 params, text, configs, length, prompt_tokens, windows, ranges or []
             )
         if needle:
             report["needle"] = _measure_needles(params, text, configs, needle, depths, each)
-        if task:
-            report["tasks"] = _measure_tasks(params, task, configs, limit, chat, slots)
+        if tasks is not None:
+            results = dict(tasks.measure(params, configs, limit, chat, slots))
+            print(task_table(results), end="\n\n")
+            report["tasks"] = {
+                name: {", ".join(key): value for key, value in metrics.items()}
+                for name, metrics in results.items()
+            }
         if out is not None:
             out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
 
 
 def _measure_text(
@@ -101,8 +125,6 @@ def _measure_text(
     windows: int | None,
     ranges: list[int],
 ) -> dict[str, Any]:
-    if length > params.config.max_positions:
-        raise ValueError(f"--length {length} exceeds the model's {params.config.max_positions} positions")
     (ids,) = encode(params, [text])
     cut = cut_windows(ids, length, windows)
     found: dict[str, list[Any]] = {name: [] for name in configs}
@@ -146,43 +168,3 @@ def _measure_needles(
     print(f"{len(cases)} needles\n")
     print(needle_table(results), end="\n\n")
     return results
-
-
-def _measure_tasks(
-    params: kivi_jax.Params,
-    tasks: list[str],
-    configs: dict[str, KVConfig],
-    limit: int | None,
-    chat: bool,
-    slots: int | None,
-) -> dict[str, Any]:
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-
-        from kivi_jax.evaluation.harness import KiviLM
-    except ImportError as error:
-        raise ValueError("tasks need lm-evaluation-harness; pip install 'kivi-jax[eval]'") from error
-    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    folders = sorted({str(file.parent) for file in files})
-    wanted: list[Any] = [Path(task).stem if Path(task) in files else task for task in tasks]
-    results: dict[str, dict[tuple[str, str], float]] = {}
-    for name, config in configs.items():
-        answered = lm_eval.simple_evaluate(
-            model=KiviLM(params, config, slots=slots),
-            tasks=wanted,
-            task_manager=TaskManager(include_path=folders or None),
-            limit=limit,
-            apply_chat_template=chat,
-            bootstrap_iters=0,
-        )
-        results[name] = {
-            (task, metric.removesuffix(",none")): value
-            for task, metrics in answered["results"].items()
-            for metric, value in metrics.items()
-            if isinstance(value, float) and "stderr" not in metric
-        }
-    print(task_table(results), end="\n\n")
-    return {
-        name: {", ".join(key): value for key, value in metrics.items()} for name, metrics in results.items()
-    }

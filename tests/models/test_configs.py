@@ -132,7 +132,9 @@ def test_yarn_fields_are_read(changes: dict[str, Any], expected: YarnRope):
 
 
 def test_yarn_scales_queries_and_keys():
-    cos, sin = rotary_angles(jnp.zeros((1, 1), jnp.int32), jnp.ones(4), YarnRope(4.0, 64, 1.25), jnp.ones((1, 1), jnp.int32))
+    cos, sin = rotary_angles(
+        jnp.zeros((1, 1), jnp.int32), jnp.ones(4), YarnRope(4.0, 64, 1.25), jnp.ones((1, 1), jnp.int32)
+    )
     np.testing.assert_array_equal(cos, np.full((1, 1, 1, 4), 1.25))
     np.testing.assert_array_equal(sin, np.zeros((1, 1, 1, 4)))
 

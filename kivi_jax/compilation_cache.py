@@ -1,0 +1,28 @@
+"""Compiled programs, kept for the next process."""
+
+import os
+from pathlib import Path
+
+import jax
+
+# A program that compiles faster than this is compiled again.
+LEAST_SECONDS = 0.3
+# The programs that were not used for longest are removed beyond this.
+MOST_BYTES = 4 * 2**30
+
+
+def keep_compiled_programs() -> None:
+    """Makes JAX keep what it compiles in the user's cache folder, where the next process finds it.
+
+    The commands call this. JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Call it before anything is compiled.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # there is no home
+        return
+    jax.config.update("jax_compilation_cache_dir", str(caches / "kivi-jax" / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
