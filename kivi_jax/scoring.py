@@ -75,7 +75,7 @@ def score(params: Params, pairs: Sequence[Text | Pair], kv: str | KVConfig = "ki
         disable=progress_disabled(),
     ) as progress:
         for batch in _batches(texts, params.data_devices):
-            logprobs, greedy = _score(
+            found = _score(
                 params,
                 jnp.asarray(batch.tokens),
                 jnp.asarray(batch.prompt_lengths),
@@ -83,13 +83,11 @@ def score(params: Params, pairs: Sequence[Text | Pair], kv: str | KVConfig = "ki
                 prompt_width=batch.prompt_width,
                 count=batch.count,
             )
-            logprobs, greedy = np.asarray(logprobs), np.asarray(greedy)
+            logprobs, greedy = map(np.asarray, found)
             for row, place in enumerate(batch.places):
                 text = texts[place]
-                found = slice(len(text.continuation))
-                scores[place] = Score(
-                    text.continuation, logprobs[row, found].tolist(), greedy[row, found].tolist()
-                )
+                own = row, slice(len(text.continuation))
+                scores[place] = Score(text.continuation, logprobs[own].tolist(), greedy[own].tolist())
                 progress.update(text.length)
     return [scores[place] for place in range(len(texts))]
 
@@ -189,7 +187,8 @@ def _score(
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == targets
 
-    return in_pieces(of_piece, params, before, targets)
+    logprobs, greedy = in_pieces(of_piece, params, before, targets)
+    return logprobs, greedy
 
 
 def decoded_hidden(

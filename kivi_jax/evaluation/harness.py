@@ -28,7 +28,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 WITHOUT_EFFECT = ("do_sample", "num_beams", "use_cache", "pad_token_id", "eos_token_id")
 
 
-class KiviLM(TemplateLM):
+class KiviLM(TemplateLM):  # type: ignore[misc] # the harness has no types
     """Scores with `kivi_jax.score`, where every token attends what the cache holds when it is decoded, and generates
     with an engine. With `kv="bf16"` it scores as the harness's own `hf` model does.
 
