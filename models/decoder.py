@@ -8,7 +8,6 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kivi_jax.models.layers import Attend, Embedding, Linear, project
-from kivi_jax.models.rope import inverse_frequencies, rotary_angles
 from kivi_jax.promotion import with_usual_promotion
 
 
@@ -16,9 +15,10 @@ class Decoder(nnx.Module):
     """Tokens to hidden states, and hidden states to logits.
 
     Args:
-        config: the family's configuration. Positions are rotary unless it has ALiBi slopes.
+        config: the family's configuration. Its `ropes` are each layer's rotary positions, None where there are none.
         layer: makes each of the `config.num_layers` layers, which is called as `layer(x, angles, layer_kv, attend)`.
         norm: makes the norm of the last layer's output.
+        embedding: makes the table of the tokens' embeddings.
     """
 
     def __init__(
@@ -26,12 +26,13 @@ class Decoder(nnx.Module):
         config: Any,
         layer: Callable[..., nnx.Module],
         norm: Callable[..., nnx.Module],
+        embedding: Callable[..., Embedding] = Embedding,
         *,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.embed = embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = norm(config, dtype=dtype, rngs=rngs)
         if not config.tied_head:
@@ -44,23 +45,24 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         layers_kv: Sequence[Any],
         attend: Attend,
-        lengths: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B #T"] | None = None,  # noqa: F821
     ) -> tuple[Float[Array, "B T hidden"], tuple[Any, ...]]:
         """Final hidden states of `tokens`, and every layer's KV as `attend` left it.
 
         `lengths` is how long the text is in the pass that computes each token (dynamic RoPE depends on it); by default
         all tokens of a row are of one pass, which ends with the last position.
         """
-        config, angles = self.config, None
-        if config.alibi_slopes is None:
-            frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-            if lengths is None:
-                lengths = positions.max(axis=1, keepdims=True) + 1
-            angles = rotary_angles(positions, frequencies, config.rope_scaling, lengths)
+        ropes = self.config.ropes
+        if lengths is None:
+            lengths = positions.max(axis=1, keepdims=True) + 1
+        angles = {
+            rope: None if rope is None else rope.angles(positions, lengths, self.config.head_dim)
+            for rope in dict.fromkeys(ropes)
+        }
         x = self.embed(tokens)
         new_layers_kv = []
-        for layer, layer_kv in zip(self.layers, layers_kv, strict=True):
-            x, layer_kv = layer(x, angles, layer_kv, attend)
+        for layer, rope, layer_kv in zip(self.layers, ropes, layers_kv, strict=True):
+            x, layer_kv = layer(x, angles[rope], layer_kv, attend)
             new_layers_kv.append(layer_kv)
         return self.norm(x), tuple(new_layers_kv)
 

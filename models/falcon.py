@@ -12,9 +12,15 @@ from jax import Array
 from jaxtyping import Float
 
 from kivi_jax.models.decoder import Decoder
-from kivi_jax.models.fields import read_flag, read_positive, read_sizes, refuse_other_arithmetic
+from kivi_jax.models.fields import (
+    read_flag,
+    read_positive,
+    read_sizes,
+    refuse_other_activation,
+    refuse_other_arithmetic,
+)
 from kivi_jax.models.layers import Attend, Attention, Linear
-from kivi_jax.models.rope import Angles, RopeScaling, read_rope
+from kivi_jax.models.rope import Angles, Rope, RopeScaling, read_rope
 
 # Names in the config.json of checkpoints that are older than transformers' Falcon (`RefinedWeb`, `RefinedWebModel`).
 OLDER_NAMES = {
@@ -73,8 +79,7 @@ class FalconConfig:
         )
         read_sizes(fields, required, ("num_kv_heads", "ffn_hidden_size"))
         refuse_other_arithmetic(fields)
-        if (activation := fields.get("activation", "gelu")) != "gelu":
-            raise ValueError(f"config.json: activation {activation!r} is not supported, only 'gelu'")
+        refuse_other_activation(fields, "activation", "gelu")
         num_heads = fields["num_attention_heads"]
         if fields["hidden_size"] % (2 * num_heads):
             raise ValueError(
@@ -124,6 +129,11 @@ class FalconConfig:
     def sliding_windows(self) -> tuple[None, ...]:
         """Every layer attends all tokens."""
         return (None,) * self.num_layers
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """Each layer's rotary positions; none with ALiBi."""
+        return (None if self.alibi else Rope(self.rope_theta, self.rope_scaling),) * self.num_layers
 
     @property
     def alibi_slopes(self) -> tuple[float, ...] | None:

@@ -54,6 +54,16 @@ def refuse_other_arithmetic(fields: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_other_activation(fields: Mapping[str, Any], name: str, supported: str) -> None:
+    """Refuses the feed-forward layers' activation in the field `name` if it isn't the `supported` one, the default.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if (activation := fields.get(name, supported)) != supported:
+        raise ValueError(f"config.json: {name} {activation!r} is not supported, only {supported!r}")
+
+
 def read_sizes(fields: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()) -> None:
     """Checks fields that are sizes; `optional` ones may be absent.
 

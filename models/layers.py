@@ -1,4 +1,4 @@
-"""Layers shared by the model families: linear layers, embeddings, grouped-query attention, SwiGLU."""
+"""Layers shared by the model families: linear layers, embeddings, grouped-query attention, gated feed-forward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +78,8 @@ class Attention(nnx.Module):
     Args:
         bias: whether the projections to queries, keys and values have biases.
         output_bias: whether the output projection has one.
-        qk_norm: epsilon of an RMSNorm of each head's queries and keys before rotation; None for no such norm.
+        qk_norm: makes the norms of each head's queries and keys before rotation; None for no such norms.
+        query_scale: what queries are multiplied by as they are rotated, as `attend` divides scores by √head_dim.
     """
 
     def __init__(
@@ -90,18 +91,20 @@ class Attention(nnx.Module):
         *,
         bias: bool,
         output_bias: bool,
-        qk_norm: float | None = None,
+        qk_norm: Callable[..., nnx.Module] | None = None,
+        query_scale: float = 1.0,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.head_dim = head_dim
+        self.query_scale = query_scale
         self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias, dtype=dtype, rngs=rngs)
         if qk_norm is not None:
-            self.q_norm = rms_norm(head_dim, qk_norm, dtype=dtype, rngs=rngs)
-            self.k_norm = rms_norm(head_dim, qk_norm, dtype=dtype, rngs=rngs)
+            self.q_norm = qk_norm(head_dim, dtype=dtype, rngs=rngs)
+            self.k_norm = qk_norm(head_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -117,7 +120,7 @@ class Attention(nnx.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q, k = rotate(q, angles, self.query_scale), rotate(k, angles)
         out, layer_kv = attend(q, k, v, layer_kv)
         return self.o_proj(out.reshape(batch, length, -1)), layer_kv
 
@@ -126,13 +129,23 @@ def rms_norm(size: int, epsilon: float, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RM
     return nnx.RMSNorm(size, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-class SwiGLU(nnx.Module):
-    """Gated feed-forward layer, `down(silu(gate(x)) · up(x))` (Shazeer 2020)."""
+class GatedFeedForward(nnx.Module):
+    """`down(activation(gate(x)) · up(x))` (Shazeer 2020): SwiGLU with SiLU, GeGLU with GELU."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+        *,
+        bias: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T hidden"]) -> Float[Array, "B T hidden"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

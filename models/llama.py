@@ -1,6 +1,7 @@
 """The Llama decoder, which Mistral, Qwen2 and Qwen3 share: its configuration, module and weight table."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,10 +17,11 @@ from kivi_jax.models.fields import (
     read_positive,
     read_sizes,
     read_sliding_windows,
+    refuse_other_activation,
     refuse_other_arithmetic,
 )
-from kivi_jax.models.layers import Attend, Attention, SwiGLU, rms_norm
-from kivi_jax.models.rope import Angles, RopeScaling, read_rope
+from kivi_jax.models.layers import Attend, Attention, GatedFeedForward, rms_norm
+from kivi_jax.models.rope import Angles, Rope, RopeScaling, read_rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +86,21 @@ class LlamaConfig:
         )
 
     @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Each layer's rotary positions."""
+        return (Rope(self.rope_theta, self.rope_scaling),) * self.num_layers
+
+    @property
     def alibi_slopes(self) -> None:
         """None: positions are rotary."""
 
 
-def read_decoder(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `LlamaConfig` that all families with this decoder read in the same way.
+def read_decoder(
+    fields: Mapping[str, Any], activation: str = "silu", activation_field: str = "hidden_act"
+) -> dict[str, Any]:
+    """The arguments of `LlamaConfig` that all families with its sizes read in the same way.
+
+    `activation` is the one that the family has, in this field.
 
     Raises:
         ValueError: as `LlamaConfig.from_json`.
@@ -104,8 +115,7 @@ def read_decoder(fields: Mapping[str, Any]) -> dict[str, Any]:
     )
     read_sizes(fields, required, ("num_key_value_heads", "head_dim", "sliding_window"))
     refuse_other_arithmetic(fields)
-    if (activation := fields.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
+    refuse_other_activation(fields, activation_field, activation)
     num_heads = fields["num_attention_heads"]
     num_kv_heads = fields.get("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
@@ -142,12 +152,12 @@ class LlamaLayer(nnx.Module):
             config.head_dim,
             bias=config.attention_bias,
             output_bias=config.output_bias,
-            qk_norm=config.rms_norm_eps if config.qk_norm else None,
+            qk_norm=functools.partial(rms_norm, epsilon=config.rms_norm_eps) if config.qk_norm else None,
             dtype=dtype,
             rngs=rngs,
         )
         self.mlp_norm = norm(config, dtype=dtype, rngs=rngs)
-        self.mlp = SwiGLU(
+        self.mlp = GatedFeedForward(
             config.hidden_size,
             config.intermediate_size,
             bias=config.mlp_bias,

@@ -101,6 +101,24 @@ class DynamicRope:
 RopeScaling = LinearRope | Llama3Rope | YarnRope | DynamicRope
 
 
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The rotary positions of a layer: the base of the frequencies, and how these are stretched."""
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+    def angles(
+        self,
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, "B #T"],  # noqa: F821
+        head_dim: int,
+    ) -> Angles:
+        """Cosines and sines of the rotation angles, with an axis for the heads, in texts of `lengths` tokens."""
+        frequencies = inverse_frequencies(head_dim, self.theta, self.scaling)
+        return rotary_angles(positions, frequencies, self.scaling, lengths)
+
+
 def inverse_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> Float[Array, " half_dim"]:
@@ -126,9 +144,9 @@ def rotary_angles(
     return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B T H D"], angles: Angles) -> Float[Array, "B T H D"]:
-    """Rotates pairs of channels in the half-split order of Hugging Face checkpoints."""
-    cos, sin = angles
+def rotate(x: Float[Array, "B T H D"], angles: Angles, scale: float = 1.0) -> Float[Array, "B T H D"]:
+    """Rotates pairs of channels in the half-split order of Hugging Face checkpoints, and scales them."""
+    cos, sin = (scale * part for part in angles) if scale != 1 else angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -49,6 +49,15 @@ GAINS = {
     "dense_4h_to_h": 4.0,
     "word_embeddings": 2.5,
 }
+# As small as can be: what it has must only be passed over.
+VISION_CONFIG = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 4,
+    "patch_size": 2,
+}
 # Two best logits closer than this could swap places by rounding alone.
 LEAST_GREEDY_MARGIN = 1e-2
 
@@ -270,6 +279,36 @@ VARIANTS = {
             "rope_parameters": {"rope_type": "linear", "rope_theta": 500042.0, "factor": 2.0},
         },
     ),
+    # The first layer attends the window.
+    "gemma3_text": Variant(
+        model_type="gemma3_text",
+        seed=5,
+        config={
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "sliding_window": 48,
+            "sliding_window_pattern": 2,
+        },
+        ends=((1, 20), (3, 18)),
+    ),
+    # A vision tower comes along, and two of three layers attend the window.
+    "gemma3_vision": Variant(
+        model_type="gemma3",
+        seed=4,
+        config={
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 32,
+            "sliding_window_pattern": 3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
     # One of the 3 heads' slopes is a half step; beyond 256, bfloat16 doesn't have all positions.
     "falcon_rw": Variant(
         model_type="falcon",
@@ -300,7 +339,10 @@ def make_model(variant: Variant) -> PreTrainedModel:
     }
     if variant.model_type != "falcon":
         common["intermediate_size"] = 80
-    config = AutoConfig.for_model(variant.model_type, **{**common, **variant.config})
+    fields = {**common, **variant.config}
+    if variant.model_type == "gemma3":
+        fields = {"text_config": fields, "vision_config": VISION_CONFIG}
+    config = AutoConfig.for_model(variant.model_type, **fields)
     # Falcon's "eager" adds ALiBi twice, with the mask and by itself; its "sdpa" adds it once.
     implementation = "sdpa" if variant.model_type == "falcon" else "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
@@ -309,12 +351,17 @@ def make_model(variant: Variant) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_((_offset(name) + _spread(name, parameter) * noise).to(variant.dtype))
+            parameter.copy_((_offset(name, variant) + _spread(name, parameter) * noise).to(variant.dtype))
     return model
 
 
-def _offset(name: str) -> float:
-    return 1.0 if _is_norm(name) and name.endswith("weight") else 0.0
+def _offset(name: str, variant: Variant) -> float:
+    """Mean of a parameter's elements. Gemma's norms add 1 to their weights, and those after a block are its gain."""
+    if not (_is_norm(name) and name.endswith("weight")):
+        return 0.0
+    if variant.model_type.startswith("gemma"):
+        return 8.0 if "post_" in name and "layers." in name else 0.0
+    return 1.0
 
 
 def _is_norm(name: str) -> bool:
@@ -405,7 +452,7 @@ def make_variant(name: str, variant: Variant, out: Path) -> None:
     log.info("%s", name)
     model = make_model(variant)
     random = np.random.default_rng(variant.seed)
-    vocab = model.config.vocab_size
+    vocab = model.config.get_text_config().vocab_size
     prompts = [random.integers(vocab, size=length).tolist() for length in variant.lengths]
     decode_tokens = random.integers(vocab, size=(len(prompts), DECODE_STEPS)).astype(np.int32)
     choose_end_tokens(model, prompts, variant)

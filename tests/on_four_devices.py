@@ -17,6 +17,7 @@ from kivi_jax.checkpoints.weights import abstract_weights, flatten_paths, nest_p
 from kivi_jax.kv import kv_bytes
 from kivi_jax.model import Params
 from kivi_jax.models.falcon import FalconConfig
+from kivi_jax.models.gemma import Gemma3Config
 from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.registry import abstract_model
 from kivi_jax.partition import make_partition
@@ -30,9 +31,17 @@ DATA = Mesh(np.reshape(jax.devices(), (4, 1)), ("data", "model"))
 WINDOW = KVConfig(2, 2, 32, 32)
 
 
+SIZES = {"vocab_size": 104, "hidden_size": 64, "intermediate_size": 96, "num_layers": 1, "max_positions": 512}
+
+
 def llama(heads: int, kv_heads: int, **changes) -> tuple[str, LlamaConfig]:
-    sizes = {"vocab_size": 104, "hidden_size": 64, "intermediate_size": 96, "num_layers": 1, "head_dim": 64}
-    return "llama", LlamaConfig(**sizes | changes, num_heads=heads, num_kv_heads=kv_heads, max_positions=512)
+    sizes = SIZES | {"head_dim": 64} | changes
+    return "llama", LlamaConfig(**sizes, num_heads=heads, num_kv_heads=kv_heads)
+
+
+def gemma3(heads: int, kv_heads: int) -> tuple[str, Gemma3Config]:
+    sizes = SIZES | {"head_dim": 256, "sliding_windows": (40,)}
+    return "gemma3_text", Gemma3Config(**sizes, num_heads=heads, num_kv_heads=kv_heads)
 
 
 def falcon(heads: int, kv_heads: int, **changes) -> tuple[str, FalconConfig]:
@@ -113,6 +122,7 @@ def test_what_is_split(heads, mesh, batch, split):
         further(llama(8, 4), BOTH, 4, 1 / 4),
         (llama(8, 2), MODEL, 2, 1),  # as Llama 3 on 16: a device's query heads read one KV head
         further(llama(8, 2), BOTH, 3, 1 / 2),  # three rows are no multiple of two
+        further(gemma3(4, 1), MODEL, 2, 1),  # as Gemma 3 270M and 1B
         further(falcon(5, 1), MODEL, 2, 1),  # as Falcon 7B's 71 heads
         further(falcon(4, 4, alibi=True), MODEL, 2, 1 / 4),
         (falcon(8, 2, alibi=True, num_norms=2), MODEL, 2, 1),

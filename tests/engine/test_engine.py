@@ -12,6 +12,7 @@ import kivi_jax
 from kivi_jax import Completion, Engine, GenerationSettings, KVConfig
 from kivi_jax.engine import slots as engine_slots
 from kivi_jax.engine.slots import Programs, Slots
+from scripts.parity_report import GOLDENS
 from tests.further import further
 
 KV = KVConfig(2, 2, 32, 32)
@@ -104,6 +105,19 @@ def test_requests_get_what_they_get_alone(pool, engines, first):
     for seed in range(first, first + 60):
         engine = engines[sorted(engines)[seed % len(engines)]]
         run_schedule(engine, pool, seed)
+
+
+@pytest.mark.exhaustive
+def test_layers_with_and_without_windows():
+    """Slots are filled again where some layers keep a ring of blocks and others all tokens, as in Gemma 3."""
+    params = kivi_jax.load(GOLDENS / "gemma3_vision", "float32")
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(0, 100, length).tolist() for length in (5, 96, 33)]
+    settings = GenerationSettings(40)
+    expected = kivi_jax.generate(params, prompts, KV, settings, prefill_chunk=PIECE)
+    engine = Engine(params, KV, slots=2, capacity=CAPACITY, window=8, prefill_tokens=PIECE)
+    for place, completion in engine.generate((prompt, settings) for prompt in prompts):
+        equal(completion, expected[place])
 
 
 def test_nothing_is_compiled_after_warming_up(tiny, pool):

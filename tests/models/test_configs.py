@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kivi_jax.models.falcon import FalconConfig, split_qkv
+from kivi_jax.models.gemma import Gemma3Config
 from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.mistral import MistralConfig
 from kivi_jax.models.qwen import Qwen2Config, Qwen3Config
@@ -17,6 +18,7 @@ from kivi_jax.models.rope import (
     DynamicRope,
     LinearRope,
     Llama3Rope,
+    Rope,
     YarnRope,
     inverse_frequencies,
     rotary_angles,
@@ -80,6 +82,14 @@ def test_older_rope_fields_mean_the_same(name: str, type_key: str):
         ),
         ("qwen2_window", ("tie_word_embeddings",), {"tie_word_embeddings": False}),
         ("qwen3", ("head_dim", "attention_bias"), {"head_dim": 128, "attention_bias": False}),
+        ("gemma3_text", ("layer_types",), {}),  # as sliding_window_pattern is beside it
+        ("gemma3_text", ("layer_types", "sliding_window_pattern"), {"layer_types": [SLIDING, SLIDING]}),
+        ("gemma3_text", ("attention_bias", "head_dim", "hidden_activation", "query_pre_attn_scalar"), {}),
+        ("gemma3_text", ("rms_norm_eps", "rope_parameters", "tie_word_embeddings"), {}),
+        ("gemma3_text", ("sliding_window",), {"sliding_window": 4096}),
+        ("gemma3_text", ("num_attention_heads",), {"num_attention_heads": 8}),
+        ("gemma3_text", ("vocab_size",), {"vocab_size": 262208}),
+        ("gemma3_text", ("max_position_embeddings",), {"max_position_embeddings": 131072}),
         ("falcon_7b", ("new_decoder_architecture", "multi_query", "parallel_attn", "bias", "alibi"), {}),
         ("falcon_7b", ("activation", "layer_norm_epsilon", "rope_parameters", "tie_word_embeddings"), {}),
         ("falcon_7b", ("ffn_hidden_size",), {"ffn_hidden_size": 4 * 128}),
@@ -96,7 +106,13 @@ def test_absent_fields_get_the_defaults_of_transformers(
 
 def test_absent_and_null_key_value_heads():
     """Null means as many as heads; absent, it is a number of the family's."""
-    for name, absent in (("llama_mha", 64), ("mistral_nemo", 8), ("qwen2", 32), ("qwen3", 32)):
+    for name, absent in (
+        ("llama_mha", 64),
+        ("mistral_nemo", 8),
+        ("qwen2", 32),
+        ("qwen3", 32),
+        ("gemma3_text", 4),
+    ):
         fields = read_fields(name) | {"num_attention_heads": 64, "hidden_size": 64 * 32}
         family = FAMILIES[fields["model_type"]].config
         assert family.from_json(fields | {"num_key_value_heads": None}).num_kv_heads == 64
@@ -114,6 +130,114 @@ def test_rope_fields_are_read():
     assert read("llama_yarn").rope_scaling == YarnRope(4.0, 64, amplitude, beta_fast=4.0)
     assert read("qwen3").rope_scaling == YarnRope(4.0, 64, 0.1 * math.log(4) + 1, truncate=False)
     assert read("falcon_11b").rope_scaling == LinearRope(2.0)
+
+
+# config.json of the published ones but for what says nothing about the computation, and the sizes on their model cards.
+GEMMA3_LINEAR = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+GEMMA3 = {
+    "270m": {
+        "vocab_size": 262144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": None,
+        "sliding_window": 512,
+        "layer_types": ([SLIDING] * 5 + [FULL]) * 3,
+        "_sliding_window_pattern": 6,
+        "use_bidirectional_attention": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "1b": {
+        "vocab_size": 262144,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1000000,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "4b": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, **GEMMA3_LINEAR},
+    "12b": {
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        **GEMMA3_LINEAR,
+    },
+    "27b": {
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 168,
+        **GEMMA3_LINEAR,
+    },
+}
+
+
+@pytest.mark.parametrize("size", GEMMA3)
+def test_published_gemma3(size: str):
+    fields = GEMMA3[size]
+    sees = "rope_theta" not in fields
+    whole = {"text_config": fields, "vision_config": {}, "eos_token_id": [1, 106]} if sees else fields
+    layers = fields["num_hidden_layers"]
+    assert Gemma3Config.from_json(whole) == Gemma3Config(
+        vocab_size=262208 if sees else 262144,
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+        num_layers=layers,
+        num_heads={"4b": 8, "12b": 16, "27b": 32}.get(size, 4),
+        num_kv_heads={"4b": 4, "12b": 8, "27b": 16}.get(size, 1),
+        head_dim=128 if size == "27b" else 256,
+        max_positions=131072 if sees else 32768,
+        rope_theta=1000000.0,
+        rope_scaling=LinearRope(8.0) if sees else None,
+        rms_norm_eps=1e-6,
+        qk_norm=True,
+        tied_head=True,
+        sliding_windows=((*[1024 if sees else 512] * 5, None) * 11)[:layers],
+        query_pre_attn_scalar=168.0 if size == "27b" else 256.0,
+        sliding_rope=Rope(10000.0),
+    )
+
+
+@pytest.mark.parametrize("linear", [None, {"rope_type": "linear", "factor": 8.0}])
+def test_gemma3_has_two_ropes(linear: dict[str, Any] | None):
+    """By layer type, as transformers 5 writes them, or in the fields of before."""
+    by_type = {FULL: {"rope_theta": 5e5, **(linear or {})}, SLIDING: {"rope_theta": 2e4}}
+    older = {"rope_parameters": None, "rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": linear}
+    for fields in ({"rope_parameters": by_type}, older):
+        config = read("gemma3_text", **fields)
+        assert config.ropes == (Rope(2e4), Rope(5e5, linear and LinearRope(8.0)))
+    scaled = {FULL: None, SLIDING: {"rope_type": "linear", "factor": 2.0}}
+    assert read("gemma3_text", rope_parameters=scaled).ropes == (Rope(1e4, LinearRope(2.0)), Rope(1e6))
+
+
+def test_gemma3_of_a_model_that_sees():
+    fields = read_fields("gemma3_vision")
+    assert read("gemma3_vision") == Gemma3Config.from_json(fields["text_config"])
+    assert read("gemma3_vision").tied_head
+    assert not read("gemma3_vision", tie_word_embeddings=False).tied_head
 
 
 @pytest.mark.parametrize(
@@ -192,6 +316,12 @@ def test_llama3_rope_has_all_three_regimes():
         ("qwen2_window", {"layer_types": [SLIDING, FULL]}, (48, None)),
         ("qwen3", {}, (None, None)),
         ("qwen3_bias", {}, (32, None)),
+        ("gemma3_text", {}, (48, None)),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 1}, (None, None)),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 3}, (48, 48)),
+        ("gemma3_text", {"layer_types": [FULL, SLIDING]}, (None, 48)),
+        ("gemma3_text", {"layer_types": [FULL, FULL], "sliding_window": None}, (None, None)),
+        ("gemma3_vision", {}, (32, 32, None)),
         ("falcon_7b", {}, (None, None)),
     ],
 )
@@ -229,6 +359,7 @@ def test_falcon_fused_projection_is_split(name: str, groups: int):
 
 
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 REFUSED = (
     *(("llama_mha", {name: None}, f"lacks the fields {name}") for name in REQUIRED),
     ("llama_mha", {"intermediate_size": None}, "lacks the fields intermediate_size"),
@@ -320,6 +451,22 @@ REFUSED = (
     ("qwen3", {"num_experts": 128}, "num_experts 128 is not supported"),
     ("qwen3", {"head_dim": 31}, "head_dim must be an even whole number"),
     ("qwen3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
+    *(("gemma3_text", {name: 50.0}, f"{name} 50.0 is not supported") for name in SOFT_CAPS),
+    ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' .* only 'gelu_pytorch_tanh'"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not"),
+    ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a positive number"),
+    ("gemma3_text", {"sliding_window": None}, "no sliding_window is in use"),
+    ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "{'sliding_window_pattern': 0}"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"rope_theta": 1e6}},
+        "an object for full_attention and one for sliding",
+    ),
+    ("gemma3_text", {"rope_parameters": {SLIDING: 1e6}}, "an object for full_attention and one for sliding"),
+    ("gemma3_text", {"rope_parameters": None, "rope_local_base_freq": "1e4"}, "rope_local_base_freq must be"),
+    ("gemma3_text", {"rope_parameters": {SLIDING: {"rope_type": "longrope"}}}, "rope type 'longrope'"),
+    ("gemma3_vision", {"text_config": None}, "text_config must be an object, got None"),
+    ("gemma3_vision", {"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
     ("falcon_7b", {"activation": "relu"}, "activation 'relu' is not supported"),
     ("falcon_7b", {"hidden_size": 129}, "hidden_size 129 over num_attention_heads 2"),
     ("falcon_7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn 2 is not supported"),
@@ -339,6 +486,13 @@ def test_what_is_not_computed_is_refused(name: str, changes: dict[str, Any], mes
 def test_all_missing_fields_are_named(config: type[Config]):
     with pytest.raises(ValueError, match="lacks the fields vocab_size, hidden_size,"):
         config.from_json({})
+
+
+def test_gemma3_has_defaults_but_for_what_tells_its_models_apart():
+    with pytest.raises(
+        ValueError, match=r"lacks the fields hidden_size, intermediate_size, num_hidden_layers$"
+    ):
+        Gemma3Config.from_json({})
 
 
 # Fields of real checkpoints that say nothing about what is computed here.
@@ -362,6 +516,18 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama_mha", "mistral_window", "qwen2", "qwen3", "falcon_7b", "falcon_rw"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama_mha",
+        "mistral_window",
+        "qwen2",
+        "qwen3",
+        "gemma3_text",
+        "gemma3_vision",
+        "falcon_7b",
+        "falcon_rw",
+    ],
+)
 def test_harmless_fields_are_not_refused(name: str):
     assert read(name, **HARMLESS) == read(name)

@@ -10,15 +10,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import kivi_jax
+from kivi_jax.models.registry import FAMILIES
 from scripts import parity_report
 from scripts.parity_report import GOLDENS, Golden, equal_completions, error_alone, errors_cached, read_golden
 from tests.further import further
+from tests.tiny_checkpoint import write_shards
 
 TOLERANCE = 1e-4
 NAMES = sorted(file.parent.name for file in GOLDENS.glob("*/goldens.npz"))
-ONE_EACH = ("llama_gqa", "mistral_window", "qwen2", "qwen3", "falcon_7b")
+ONE_EACH = ("llama_gqa", "mistral_window", "qwen2", "qwen3", "gemma3_vision", "falcon_7b")
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +43,10 @@ def some_golden(request: pytest.FixtureRequest) -> Golden:
 
 def test_every_family_has_goldens():
     types = [json.loads((GOLDENS / name / "config.json").read_text())["model_type"] for name in NAMES]
-    assert {name: types.count(name) >= 2 for name in types} == dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "falcon"), True
-    )
+    configs = [FAMILIES[model_type].config for model_type in types]
+    assert {config: configs.count(config) >= 2 for config in configs} == {
+        family.config: True for family in FAMILIES.values()
+    }
 
 
 def test_the_module_without_a_state(golden: Golden):
@@ -84,6 +88,31 @@ def test_falcon_is_also_read_by_its_older_name_and_fields(tmp_path: Path):
     older, newer = kivi_jax.load(folder), kivi_jax.load(GOLDENS / "falcon_40b")
     assert older.config == newer.config
     jax.tree.map(np.testing.assert_array_equal, older.weights, newer.weights)
+
+
+def test_language_model_of_one_that_sees_is_read_by_newer_names(tmp_path: Path):
+    """And converted; what sees is left out, and nothing else."""
+    folder = shutil.copytree(GOLDENS / "gemma3_vision", tmp_path / "gemma")
+    tensors = load_file(folder / "model.safetensors")
+    assert any(name.startswith("vision_tower.") for name in tensors)
+    newer = {
+        f"model.{name.replace('language_model.model.', 'language_model.')}": tensor
+        for name, tensor in tensors.items()
+    }
+    newer["lm_head.weight"] = tensors[
+        "language_model.model.embed_tokens.weight"
+    ]  # tied, and stored all the same
+    write_shards(folder, newer, shards=2)
+    expected = kivi_jax.load(GOLDENS / "gemma3_vision")
+    kivi_jax.convert(folder, tmp_path / "converted")
+    for name in ("gemma", "converted"):
+        params = kivi_jax.load(tmp_path / name)
+        assert params.config == expected.config
+        jax.tree.map(np.testing.assert_array_equal, params.weights, expected.weights)
+    newer["model.audio_tower.weight"] = np.ones(3, np.float32)
+    write_shards(folder, newer, shards=2)
+    with pytest.raises(kivi_jax.CheckpointError, match=r"unexpected 'model.audio_tower.weight'$"):
+        kivi_jax.load(folder)
 
 
 @pytest.mark.parametrize("field", ["attention_bias", "mlp_bias"])

@@ -28,6 +28,8 @@ NAMES = [
 FURTHER = [
     "qwen2",
     "qwen3_bias",  # one layer within a window of 32; head_dim 64
+    "gemma3_text",  # one layer within a window of 48; head_dim 256
+    "gemma3_vision",  # scores not divided by √head_dim
     "falcon_7b",  # head_dim 64
     "falcon_40b",
 ]

@@ -30,6 +30,7 @@ KERNELS = {
     "llama-3-70b": Attention(64, 8, 128),
     "falcon": Attention(71, 1, 64),
     "head_dim-256": Attention(8, 4, 256),
+    "gemma-3-1b": Attention(4, 1, 256, sliding_window=512),
     "llama-3.2-1b": Attention(32, 8, 64),
     "kivi4": Attention(32, 8, 128, 4, 4),
     "kivi-k4v2": Attention(32, 8, 128, 4, 2),
@@ -76,6 +77,11 @@ LOOPS = {
     "mistral-window": {
         "model_type": "mistral",
         "config": SHAPE | {"sliding_windows": [4096, 4096]},
+        "kv": "kivi2",
+    },
+    "gemma-3": {
+        "model_type": "gemma3_text",
+        "config": SHAPE | {"head_dim": 256, "sliding_windows": [512, None]},
         "kv": "kivi2",
     },
 }

@@ -29,14 +29,16 @@ def direct(q, k, v, **options):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(4, 4, 64), (8, 2, 128), (3, 1, 96)])
+@pytest.mark.parametrize(
+    ("query_heads", "heads", "head_dim"), [(4, 4, 64), (8, 2, 128), (3, 1, 96), (4, 1, 256)]
+)
 @pytest.mark.parametrize("length", [1, 256, 257, 700])
 def test_xla_equals_direct_softmax(length, query_heads, heads, head_dim):
     q, k, v = random_qkv(length, query_heads, heads, head_dim)
     np.testing.assert_allclose(jax.jit(prefill_attention)(q, k, v), direct(q, k, v), atol=2e-6)
 
 
-@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(2, 2, 128), (4, 2, 64)])
+@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(2, 2, 128), (4, 2, 64), (4, 1, 256)])
 def test_splash_equals_direct_softmax(query_heads, heads, head_dim):
     q, k, v = random_qkv(256, query_heads, heads, head_dim)
     out = prefill_attention(q, k, v, implementation="splash", interpret=True)
