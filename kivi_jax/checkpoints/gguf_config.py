@@ -47,10 +47,11 @@ def read_fields(model: GGUFModel) -> dict[str, Any]:
         CheckpointError: the architecture is not supported, or metadata are missing, of another kind than they should
             be, or ask for something that is not computed here.
     """
-    architecture = model.architecture or "(none)"
+    architecture = model.architecture or ""
     if architecture not in FIELDS:
         raise CheckpointError(
-            f"{model.path}: general.architecture {architecture} is not supported, only {', '.join(FIELDS)}"
+            f"{model.path}: general.architecture {reprlib.repr(architecture)} is not supported, only "
+            f"{', '.join(FIELDS)}"
         )
     embedding = model.tensor(EMBEDDING)
     if embedding is None:

@@ -217,7 +217,7 @@ def test_what_is_not_computed_is_refused(metadata, problem, tmp_path):
     file = write_gguf(tmp_path / "model.gguf", config, random_tensors(TINY), metadata=metadata)
     if problem is None:
         file.write_bytes(file.read_bytes().replace(b"llama", b"mamba", 1))
-        problem = r"general\.architecture mamba is not supported, only llama, qwen2, qwen3, falcon"
+        problem = r"general\.architecture 'mamba' is not supported, only llama, qwen2, qwen3, falcon"
     with pytest.raises(CheckpointError, match=problem) as error:
         kivi_jax.load(file)
     assert str(file) in str(error.value)
@@ -273,14 +273,6 @@ def test_weights_that_are_not_numbers(value, tmp_path):
         CheckpointError, match=r"blk\.1\.ffn_up\.weight holds (NaN or infinity|numbers beyond float16)"
     ):
         kivi_jax.load(file, "float16")
-
-
-def test_a_mesh_reads_the_parts_of_its_devices(tmp_path):
-    devices = jax.devices()
-    file = write_variant("llama", tmp_path / "model.gguf")
-    mesh = jax.make_mesh((min(2, len(devices)),), ("model",), devices=devices[:2])
-    split, whole = kivi_jax.load(file, "float32", mesh=mesh), kivi_jax.load(file, "float32")
-    jax.tree.map(np.testing.assert_array_equal, split.weights, whole.weights)
 
 
 def test_a_folder_and_a_name_that_hold_gguf_files(tmp_path, monkeypatch):
