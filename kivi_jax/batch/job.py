@@ -22,7 +22,7 @@ from kivi_jax.batch.requests import Request, read_request
 from kivi_jax.batch.results import failure_line, result_line
 from kivi_jax.batch.signals import StopSignals
 from kivi_jax.checkpoints.identity import model_identity
-from kivi_jax.checkpoints.load import DTYPES, describe, find_folder, load
+from kivi_jax.checkpoints.load import DTYPES, describe, find_model, load
 from kivi_jax.kv.config import find_kv
 from kivi_jax.processes import from_first, is_first
 from kivi_jax.progress import progress_disabled
@@ -108,12 +108,12 @@ def run_job(job: Job, make_engine: Callable[..., Server]) -> Outcome:
         if (size := getattr(job, name)) is not None:
             read_size(name, size)
     check_file(job.source)
-    folder = find_folder(job.model, job.revision)
-    described = describe(folder, job.max_positions)
+    path = find_model(job.model, job.revision)
+    described = describe(path, job.max_positions)
     if job.model_sampling:
         defaults = dataclasses.replace(defaults, **{**described.sampling, **job.settings})
     rules = Rules(described, defaults, job.chat_template, job.capacity, job.shard)
-    fingerprint = _fingerprint(job, folder, defaults)
+    fingerprint = _fingerprint(job, path, defaults)
     output, before = _open(job, fingerprint)
     with contextlib.closing(output):
         plan = make_plan(_shown(read_lines(job.source)), rules, output.done)
@@ -127,7 +127,7 @@ def run_job(job: Job, make_engine: Callable[..., Server]) -> Outcome:
         capacity = min(capacity, described.config.max_positions)
         from_first(lambda: _begin(job, output, fingerprint, capacity, plan))
         if plan.tokens:
-            return _run(job, folder, rules, plan, capacity, output, make_engine)
+            return _run(job, path, rules, plan, capacity, output, make_engine)
     return _outcome(plan, plan.done + len(plan.failures), plan.failed + len(plan.failures))
 
 
@@ -167,14 +167,14 @@ def _shown(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
 
 def _run(
     job: Job,
-    folder: Path,
+    path: Path,
     rules: Rules,
     plan: Plan,
     capacity: int,
     output: Output,
     make_engine: Callable[..., Server],
 ) -> Outcome:
-    params = load(folder, job.dtype, mesh=job.mesh, max_positions=job.max_positions)
+    params = load(path, job.dtype, mesh=job.mesh, max_positions=job.max_positions)
     with _memory_told(capacity):
         engine = make_engine(
             params,
@@ -230,11 +230,11 @@ def _outcome(plan: Plan, done: int, failed: int, signal: int | None = None) -> O
     return Outcome(plan.lines, done, failed, plan.done, list_failures(plan.failures), signal)
 
 
-def _fingerprint(job: Job, folder: Path, defaults: GenerationSettings) -> dict[str, Any]:
+def _fingerprint(job: Job, path: Path, defaults: GenerationSettings) -> dict[str, Any]:
     """What results depend on. They don't on slots, capacity and window."""
     return {
         "model": job.model,
-        "weights": model_identity(folder),
+        "weights": model_identity(path),
         "dtype": job.dtype,
         "kv": job.kv,
         "prefill_tokens": job.prefill_tokens,

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,10 @@ class StoredTensor:
         name: the tensor's name in the file.
         shape: the whole tensor's shape.
         dtype: safetensors' name of its dtype, such as "BF16".
+        readable: the dtypes that can be read.
     """
+
+    readable: ClassVar = STORED_DTYPES
 
     file: Path
     name: str
@@ -53,19 +56,45 @@ class StoredTensor:
             CheckpointError: the file can't be read, or the part holds NaN, infinity or a number beyond `dtype`'s range.
         """
         (first, last), *others = (cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True))
-        part = _aligned_empty((last - first, *(stop - start for start, stop in others)), np.dtype(dtype))
-        rows = max(1, PIECE_BYTES * len(part) // max(1, part.nbytes))
+        shape = (last - first, *(stop - start for start, stop in others))
         with _open(self.file) as tensors:
             stored = tensors.get_slice(self.name)
-            for start in range(first, last, rows):
-                stop = min(start + rows, last)
-                piece = stored[(slice(start, stop), *(slice(*bounds) for bounds in others))]
-                with np.errstate(over="ignore"):
-                    converted = piece.astype(dtype, copy=False)
-                if not np.isfinite(converted).all():
-                    raise CheckpointError(f"{self.file}: {self.name} {_what_is_wrong(piece, part.dtype)}")
-                part[start - first : stop - first] = converted
-        return part
+            return read_in_pieces(
+                shape,
+                dtype,
+                lambda rows: stored[(shifted(rows, first), *(slice(*bounds) for bounds in others))],
+                np.dtype(dtype).itemsize * math.prod(shape[1:]),
+                f"{self.file}: {self.name}",
+            )
+
+
+def read_in_pieces(
+    shape: tuple[int, ...],
+    dtype: Any,
+    read: Callable[[slice], Float[np.ndarray, "rows ..."]],
+    row_bytes: int,
+    label: str,
+) -> Float[np.ndarray, "..."]:
+    """A tensor, or a part of one, that `read` returns some rows of, each `row_bytes` large until it is converted.
+
+    Raises:
+        CheckpointError: it holds NaN, infinity or a number beyond `dtype`'s range. The error begins with `label`.
+    """
+    part = _aligned_empty(shape, np.dtype(dtype))
+    step = max(1, PIECE_BYTES // max(1, row_bytes))
+    for start in range(0, len(part), step):
+        rows = slice(start, min(start + step, len(part)))
+        piece = read(rows)
+        with np.errstate(over="ignore"):
+            converted = piece.astype(dtype, copy=False)
+        if not np.isfinite(converted).all():
+            raise CheckpointError(f"{label} {_what_is_wrong(piece, part.dtype)}")
+        part[rows] = converted
+    return part
+
+
+def shifted(rows: slice, by: int) -> slice:
+    return slice(rows.start + by, rows.stop + by)
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> Float[np.ndarray, "..."]:

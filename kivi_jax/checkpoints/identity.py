@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from kivi_jax.checkpoints.gguf_file import is_gguf, read_gguf
 from kivi_jax.checkpoints.load import SIDE_FILES
 from kivi_jax.checkpoints.orbax_files import ORBAX_FOLDER
 
@@ -11,16 +12,24 @@ SAMPLES = 16  # of a file of weights, evenly spread; training changes nearly eve
 SAMPLE_BYTES = 4096
 
 
-def model_identity(folder: Path) -> str:
-    """A hash of the model's small files, and of the names, sizes and some pieces of those with its weights.
+def model_identity(path: Path) -> str:
+    """A hash of the small files of a model's folder, and of the names, sizes and some pieces of those with its weights;
+    or of a GGUF file's metadata, its size and some pieces of it.
 
-    The same for copies of a model in other folders, and another for one that was trained further.
+    The same for copies of a model in other places, and another for one that was trained further.
     """
     digest = hashlib.sha256()
+    if is_gguf(path):
+        for part, header in read_gguf(path).parts.items():
+            digest.update(f"{part.stat().st_size} ".encode())
+            with part.open("rb") as opened:
+                digest.update(opened.read(header))
+            digest.update(_read_samples(part))
+        return digest.hexdigest()[:16]
     for patterns, read in ((SIDE_FILES, Path.read_bytes), (WEIGHT_FILES, _read_samples)):
-        for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-            digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
-            digest.update(read(path))
+        for file in sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()}):
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size} ".encode())
+            digest.update(read(file))
     return digest.hexdigest()[:16]
 
 

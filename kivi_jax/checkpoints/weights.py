@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from kivi_jax.checkpoints.gguf_file import GGUFTensor, is_gguf, read_gguf
+from kivi_jax.checkpoints.gguf_weights import weight_rows, weight_tensors
 from kivi_jax.checkpoints.hf_files import (
     PIECE_BYTES,
-    STORED_DTYPES,
     CheckpointError,
     StoredTensor,
     first_few,
@@ -35,20 +36,23 @@ IGNORED = re.compile(r".*rotary_emb\.inv_freq")
 Expected = Mapping[str, jax.ShapeDtypeStruct]
 
 
-def read_weights(
-    folder: Path, model_type: str, config: Any, dtype: Any, mesh: Mesh | None
-) -> dict[str, Array]:
+def read_weights(path: Path, model_type: str, config: Any, dtype: Any, mesh: Mesh | None) -> dict[str, Array]:
     """Reads every parameter of a model, by path, after checking all names, shapes and dtypes.
 
     Raises:
         CheckpointError: as `load`.
     """
     expected = abstract_weights(model_type, config, dtype, mesh)
-    if (folder / ORBAX_FOLDER).is_dir():
-        arrays = _read_orbax(folder, expected)
+    if (path / ORBAX_FOLDER).is_dir():
+        arrays = _read_orbax(path, expected)
+    elif is_gguf(path):
+        model = read_gguf(path)
+        sources = _match(path, weight_tensors(model), weight_rows(model, config), expected)
+        arrays = _read_tensors(sources, config, expected)
     else:
-        arrays = _read_safetensors(_match(folder, FAMILIES[model_type].weights, expected), config, expected)
-    weights = {}
+        sources = _match(path, stored_tensors(path), FAMILIES[model_type].weights, expected)
+        arrays = _read_tensors(sources, config, expected)
+    weights: dict[str, Array] = {}
     with tqdm(
         total=sum(leaf.size * leaf.dtype.itemsize for leaf in expected.values()),
         desc="loading",
@@ -58,8 +62,8 @@ def read_weights(
         leave=False,
         disable=progress_disabled(),
     ) as progress:
-        for path, array in arrays:
-            weights[path] = array.block_until_ready()  # else the host might hold many transfers at once
+        for parameter, array in arrays:
+            weights[parameter] = array.block_until_ready()  # else the host might hold many transfers at once
             progress.update(array.nbytes)
     return weights
 
@@ -92,12 +96,14 @@ def _read_orbax(folder: Path, expected: Expected) -> Iterator[tuple[str, Array]]
 class Source:
     """A checkpoint's tensor, the paths of the parameters in it, and how it is split if there are several."""
 
-    tensor: StoredTensor
+    tensor: StoredTensor | GGUFTensor
     paths: tuple[str, ...]
     split: Split | None
 
 
-def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> list[Source]:
+def _match(
+    path: Path, tensors: Sequence[StoredTensor | GGUFTensor], table: tuple[WeightRow, ...], expected: Expected
+) -> list[Source]:
     """Finds the tensors that hold the parameters.
 
     Raises:
@@ -106,7 +112,7 @@ def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> li
     sources: dict[str, Source] = {}
     problems = []
     repeated = []
-    for tensor in stored_tensors(folder):
+    for tensor in tensors:
         source = _source(tensor, table)
         if source is not None and not source.paths:
             continue
@@ -121,18 +127,18 @@ def _match(folder: Path, table: tuple[WeightRow, ...], expected: Expected) -> li
         shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
         if tensor.shape != shape:
             problems.append(f"{tensor.name} has shape {tensor.shape}, expected {shape}")
-        if tensor.dtype not in STORED_DTYPES:
-            problems.append(f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(STORED_DTYPES)}")
-        for path in source.paths:
-            if (other := sources.setdefault(path, source)) is not source:
-                problems.append(f"{other.tensor.name} and {tensor.name} are both {path}")
-    _refuse(folder, problems, [path for path in expected if path not in sources])
+        if tensor.dtype not in tensor.readable:
+            problems.append(f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(tensor.readable)}")
+        for parameter in source.paths:
+            if (other := sources.setdefault(parameter, source)) is not source:
+                problems.append(f"{other.tensor.name} and {tensor.name} are both {parameter}")
+    _refuse(path, problems, [parameter for parameter in expected if parameter not in sources])
     for head in repeated:
         _check_tied(head, sources["embed.embedding"].tensor)
     return list(dict.fromkeys(sources.values()))
 
 
-def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
+def _check_tied(head: StoredTensor | GGUFTensor, embedding: StoredTensor | GGUFTensor) -> None:
     """Checks that a head which is stored although it is tied equals the embedding.
 
     Raises:
@@ -150,7 +156,7 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
         )
 
 
-def _source(tensor: StoredTensor, table: tuple[WeightRow, ...]) -> Source | None:
+def _source(tensor: StoredTensor | GGUFTensor, table: tuple[WeightRow, ...]) -> Source | None:
     for pattern, templates, *split in table:
         if match := re.fullmatch(pattern, tensor.name):
             several = (templates,) if isinstance(templates, str) else templates
@@ -158,7 +164,7 @@ def _source(tensor: StoredTensor, table: tuple[WeightRow, ...]) -> Source | None
     return None
 
 
-def _read_safetensors(sources: list[Source], config: Any, expected: Expected) -> Iterator[tuple[str, Array]]:
+def _read_tensors(sources: list[Source], config: Any, expected: Expected) -> Iterator[tuple[str, Array]]:
     for source in sources:
         leaves = [expected[path] for path in source.paths]
         read = functools.partial(source.tensor.read, dtype=leaves[0].dtype)
@@ -177,11 +183,12 @@ def _place(leaf: jax.ShapeDtypeStruct, read: Callable[..., np.ndarray]) -> Array
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
 
-def _refuse(folder: Path, problems: list[str], missing: list[str]) -> None:
+def _refuse(model: Path, problems: list[str], missing: list[str]) -> None:
     problems = problems + [f"missing the tensor for {path}" for path in missing]
     if problems:
+        configuration = "its metadata" if is_gguf(model) else "config.json"
         listed = "\n  ".join(first_few(problems))
-        raise CheckpointError(f"{folder}: the weights don't fit config.json:\n  {listed}")
+        raise CheckpointError(f"{model}: the weights don't fit {configuration}:\n  {listed}")
 
 
 def flatten_paths(tree: Mapping[Any, Any]) -> dict[str, Any]:

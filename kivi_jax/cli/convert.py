@@ -11,7 +11,9 @@ from kivi_jax.cli.options import Revision
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Folder, 'org/name' on the Hugging Face Hub, or 'demo'.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder, .gguf file, 'org/name' on the Hub, 'demo' or 'smollm2'.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     dtype: Annotated[
         str, typer.Option(help="To store weights in: bfloat16, float16 or float32.")

@@ -6,7 +6,7 @@ import typer
 
 from kivi_jax.kv import PRESETS
 
-Model = Annotated[str, typer.Option(help="Folder, 'org/name' on the Hugging Face Hub, or 'demo'.")]
+Model = Annotated[str, typer.Option(help="Folder, .gguf file, 'org/name' on the Hub, 'demo' or 'smollm2'.")]
 KV = Annotated[str, typer.Option(help=f"Storage of the KV state: {', '.join(PRESETS)}.")]
 DType = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]

@@ -220,7 +220,7 @@ def test_damage_is_one_clear_error(tmp_path, damage, message):
         ({"hidden_size": None, "vocab_size": None}, "lacks the fields vocab_size, hidden_size"),
         ({"hidden_size": "48"}, "positive whole numbers below 2\\^31, got {'hidden_size': '48'}"),
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "su"}}, "rope type 'su' is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "needs positive numbers, got {'factor': 0}"),
         ({"model_type": ["llama"]}, "is not supported, only llama"),
         ({"rope_theta": -1.0}, "rope_theta must be a positive number"),

@@ -417,7 +417,11 @@ REFUSED = (
     ("llama_mha", {"rope_parameters": {**YARN_ROPE, "attention_factor": 0}}, "needs positive numbers"),
     ("llama_mha", {"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' lacks factor"),
     ("llama_mha", {"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' lacks factor"),
-    ("llama_mha", {"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
+    (
+        "llama_mha",
+        {"rope_parameters": None, "rope_scaling": {"type": "su"}},
+        "rope type 'su' is not supported",
+    ),
     ("llama_mha", {"rope_parameters": LLAMA3_ROPE | {"factor": None}}, "lacks factor"),
     ("llama_mha", {"rope_parameters": {**YARN_ROPE, "factor": 0.5}}, "needs a factor of at least 1, got 0.5"),
     ("llama_mha", {"rope_parameters": {**YARN_ROPE, "rope_theta": 1.0}}, "rope_theta must be above 1"),
