@@ -21,7 +21,19 @@ FAMILIES = [
     "llama_dynamic",  # keys depend on the text's length when they were computed
     "mistral_window",  # both layers within a window of 48
     "falcon_rw",  # ALiBi
-    *map(further, ["gemma3_text", "gemma3_vision", "llama_mha", "llama_yarn", "qwen2", "qwen3_bias", "falcon_7b", "falcon_40b"]),
+    *map(
+        further,
+        [
+            "gemma3_text",
+            "gemma3_vision",
+            "llama_mha",
+            "llama_yarn",
+            "qwen2",
+            "qwen3_bias",
+            "falcon_7b",
+            "falcon_40b",
+        ],
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from kivi_jax.checkpoints.gguf_file import GGUFModel
 from kivi_jax.checkpoints.hf_files import CheckpointError
 from kivi_jax.models.fields import is_size
+from kivi_jax.models.gemma import SLIDING_PATTERN
 
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 SIZES = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
@@ -22,7 +23,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
     "attention.scale": (),
-    "attention.sliding_window_pattern": (),
+    "attention.sliding_window_pattern": (SLIDING_PATTERN,),  # Gemma 3's, and it alone has one
     "attn_logit_softcapping": (0,),
     "embedding_scale": (1,),
     "expert_count": (0,),
@@ -34,6 +35,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_ext_factor": (1,),
     "rope.scaling.yarn_log_multiplier": (0,),
 }
+GEMMA3_27B_LAYERS = 62
 # Tokens that end a turn. Files name one or two end tokens, and chat models have more; llama.cpp ends at these, too.
 TURN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"}
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -203,6 +205,20 @@ def _falcon_fields(model: GGUFModel, sizes: Mapping[str, int]) -> dict[str, Any]
     }
 
 
+def _gemma3_fields(model: GGUFModel, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Files don't say how scores are scaled. As in llama.cpp, the 27B model is known by its layers."""
+    heads, width = sizes["attention.head_count"], sizes["embedding_length"]
+    head_dim = model.hyperparameter("attention.key_length", int) or width // heads
+    is_27b = sizes["block_count"] == GEMMA3_27B_LAYERS
+    return {
+        "model_type": "gemma3_text",
+        **_decoder_fields(model, sizes),
+        "sliding_window": model.hyperparameter("attention.sliding_window", int),
+        "rope_local_base_freq": model.hyperparameter("rope.freq_base_swa", float),
+        "query_pre_attn_scalar": width / heads if is_27b else head_dim,
+    }
+
+
 def _kv_heads(model: GGUFModel, sizes: Mapping[str, int]) -> int:
     return model.hyperparameter("attention.head_count_kv", int) or sizes["attention.head_count"]
 
@@ -226,4 +242,5 @@ FIELDS: Mapping[str, Callable[[GGUFModel, Mapping[str, int]], dict[str, Any]]] =
     "qwen2": _qwen2_fields,
     "qwen3": _qwen3_fields,
     "falcon": _falcon_fields,
+    "gemma3": _gemma3_fields,
 }

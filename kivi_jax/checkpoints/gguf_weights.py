@@ -87,6 +87,11 @@ _FALCON_TWO_NORMS: tuple[WeightRow, ...] = (
     (_LAYER + r"attn_norm_2\.weight", r"layers.\1.input_norm.scale"),
     (_LAYER + r"attn_norm_2\.bias", r"layers.\1.input_norm.bias"),
 )
+_GEMMA3: tuple[WeightRow, ...] = (
+    *_DECODER,
+    (_LAYER + r"post_attention_norm\.weight", r"layers.\1.post_attention_norm.scale"),
+    (_LAYER + r"post_ffw_norm\.weight", r"layers.\1.post_mlp_norm.scale"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +113,7 @@ WEIGHTS: Mapping[str, Architecture] = {
     "qwen2": Architecture(_DECODER),
     "qwen3": Architecture(_DECODER),
     "falcon": Architecture(_FALCON_ONE_NORM),
+    "gemma3": Architecture(_GEMMA3, norm_offset=-1.0),
 }
 
 
