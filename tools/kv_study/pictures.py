@@ -16,7 +16,7 @@ from tools.kv_study.study import BITS, Study
 
 WIDTH, DOTS_PER_INCH = 9.5, 80  # in inches
 COLOURS = 128
-COLUMNS = 64  # the most that a heat map has of tokens
+CELLS = 64  # the most that a heat map has of tokens, and a surface of channels
 # Reads the same with and without colour vision. Few colours, since a heat map of noise takes space for each.
 HEAT = matplotlib.colormaps["cividis"].resampled(16)
 LINES = {"per token": ("#d55e00", "s"), "per channel": ("#0072b2", "o")}  # of Okabe and Ito's palette
@@ -32,22 +32,23 @@ def png(figure: Figure) -> bytes:
 
 
 def surfaces(study: Study) -> Figure:
-    """|keys| and |values| of some layers, channel by token, as in the paper's Figure 2."""
+    """|keys| and |values| of some layers, channel by token, as in the paper's Figure 2.
+
+    A cell shows the largest of its channels and tokens.
+    """
     figure = Figure((WIDTH, 5), layout="constrained")
     axes = figure.subplots(2, len(study.surfaces), squeeze=False, sharex=True, sharey=True)
     for name, row in zip(("keys", "values"), axes, strict=True):
         for surface, axis in zip(study.surfaces, row, strict=True):
-            sizes = getattr(surface, name)
-            bins = np.array_split(sizes, min(COLUMNS, study.tokens))
-            heat = np.stack([tokens.max(0) for tokens in bins], axis=1)
+            sizes = getattr(surface, name).T
             image = axis.imshow(
-                heat,
+                _largest(_largest(sizes, 0), 1),
                 cmap=HEAT,
                 vmin=0,
                 aspect="auto",
                 interpolation="nearest",
                 origin="lower",
-                extent=(0, study.tokens, 0, len(heat)),
+                extent=(0, study.tokens, 0, len(sizes)),
             )
             figure.colorbar(image, ax=axis)
             axis.set_title(f"|{name}|, layer {surface.layer}, KV head 0")
@@ -59,30 +60,38 @@ def surfaces(study: Study) -> Figure:
 
 def channels(study: Study) -> Figure:
     """The mean magnitude of every head's channels, relative to its mean channel's."""
-    return _by_head(study, study.keys.channel_mean, study.values.channel_mean, "channel")
+    return _by_head(*(_relative(found.channel_mean) for found in (study.keys, study.values)), "channel")
 
 
 def tokens(study: Study) -> Figure:
     """The mean magnitude of every head's first tokens, relative to its mean token's."""
-    return _by_head(study, study.keys.token_mean, study.values.token_mean, "token")
+    keys, values = (_relative(found.token_mean)[..., :CELLS] for found in (study.keys, study.values))
+    return _by_head(keys, values, "token")
 
 
-def _by_head(
-    study: Study, keys: Float[np.ndarray, "L H N"], values: Float[np.ndarray, "L H N"], unit: str
-) -> Figure:
+def _relative(sizes: Float[np.ndarray, "L H N"]) -> Float[np.ndarray, "L H N"]:
+    return sizes / sizes.mean(-1, keepdims=True)
+
+
+def _largest(sizes: Float[np.ndarray, "N M"], axis: int) -> Float[np.ndarray, "n m"]:
+    """With at most `CELLS` along `axis`, each the largest of its part."""
+    cells = min(CELLS, sizes.shape[axis])
+    return np.maximum.reduceat(sizes, np.arange(cells) * sizes.shape[axis] // cells, axis)
+
+
+def _by_head(keys: Float[np.ndarray, "L H N"], values: Float[np.ndarray, "L H N"], unit: str) -> Figure:
     figure = Figure((WIDTH, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    relative = [sizes / sizes.mean(-1, keepdims=True) for sizes in (keys, values)]
-    norm = LogNorm(FAINTEST, max(sizes.max() for sizes in relative), clip=True)
-    for axis, name, sizes in zip(axes, ("keys", "values"), relative, strict=True):
-        rows = sizes[..., :COLUMNS].reshape(-1, min(sizes.shape[-1], COLUMNS))
+    norm = LogNorm(FAINTEST, max(keys.max(), values.max()), clip=True)
+    for axis, name, sizes in zip(axes, ("keys", "values"), (keys, values), strict=True):
+        layers, _, columns = sizes.shape
         image = axis.imshow(
-            rows,
+            sizes.reshape(-1, columns),
             cmap=HEAT,
             norm=norm,
             aspect="auto",
             interpolation="nearest",
-            extent=(0, rows.shape[1], study.layers, 0),
+            extent=(0, columns, layers, 0),
         )
         axis.set_title(name)
         axis.set_xlabel(unit)
