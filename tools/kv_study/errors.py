@@ -66,8 +66,8 @@ def layer_errors(
     alibi_slopes: Slopes | None = None,
 ) -> Errors:
     """The errors of keys and of values quantized with the same `grouping`, each for the other one exact."""
-    stored_k = quantized(layer.k, grouping, bits, group_size)
-    stored_v = quantized(layer.v, grouping, bits, group_size)
+    stored = [quantized(x, grouping, bits, group_size).astype(jnp.float32) for x in (layer.k, layer.v)]
+    layer = _in_float32(layer)
 
     def of_kv_head(inputs: tuple[Array, ...]) -> Errors:
         q, bias, k, v, stored_k, stored_v = inputs
@@ -85,7 +85,7 @@ def layer_errors(
 
     q, bias = _by_kv_head(layer, alibi_slopes)
     # One head at a time, whose probabilities are T x T for each of its queries' heads.
-    errors = jax.lax.map(of_kv_head, (q, bias, layer.k, layer.v, stored_k, stored_v))
+    errors = jax.lax.map(of_kv_head, (q, bias, layer.k, layer.v, *stored))
     return Errors(*(error.reshape(-1) for error in errors))
 
 
@@ -93,7 +93,7 @@ def layer_errors(
 def layer_attention(
     layer: Attended, sliding_window: int | None = None, alibi_slopes: Slopes | None = None
 ) -> Attention:
-    length = layer.q.shape[1]
+    layer, length = _in_float32(layer), layer.q.shape[1]
     seen = _seen(length, sliding_window)
 
     def of_kv_head(inputs: tuple[Array, ...]) -> Attention:
@@ -113,6 +113,10 @@ def relative_error(
     return jnp.linalg.norm(found - exact, axis=(-2, -1)) / jnp.linalg.norm(exact, axis=(-2, -1))
 
 
+def _in_float32(layer: Attended) -> Attended:
+    return Attended(*(x.astype(jnp.float32) for x in layer))
+
+
 def _by_kv_head(
     layer: Attended, alibi_slopes: Slopes | None
 ) -> tuple[Float[Array, "H shared T D"], Float[Array, "H shared 1 T"]]:
@@ -130,7 +134,7 @@ def _probabilities(
     bias: Float[Array, "shared 1 T"],
     sliding_window: int | None,
 ) -> Float[Array, "shared T T"]:
-    scores = (q @ k.T).astype(jnp.float32) * q.shape[-1] ** -0.5 + bias
+    scores = (q @ k.T) * q.shape[-1] ** -0.5 + bias
     return jax.nn.softmax(jnp.where(_seen(k.shape[0], sliding_window), scores, -jnp.inf))
 
 

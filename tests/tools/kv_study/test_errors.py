@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tools.kv_study.errors import Attention, Errors, layer_attention, layer_errors
+from tools.kv_study.groups import quantized
 from tools.kv_study.passes import Attended
 from tools.oracle.numpy_kivi import fake_quantize, softmax_attention
 
@@ -77,3 +78,11 @@ def test_attention_of_every_head(layer, window, slopes):
     assert 0.1 < expected.sparsity.mean() < 0.9
     for found, wanted in zip(measured, expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-3)
+
+
+def test_errors_of_16_bit_activations_are_summed_in_32(layer):
+    half = Attended(*(jnp.asarray(x, jnp.bfloat16) for x in layer))
+    measured = layer_errors(half, "per channel", 2, 16)
+    for found, x in ((measured.keys, half.k), (measured.values, half.v)):
+        stored = np.asarray(quantized(x, "per channel", 2, 16), np.float64)
+        np.testing.assert_allclose(found, relative(stored, np.asarray(x, np.float64)), rtol=1e-5)
