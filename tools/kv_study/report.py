@@ -109,11 +109,12 @@ def _against_the_paper(study: Study) -> Iterator[str]:
 
 
 def _perplexities(study: Study) -> Iterator[str]:
-    yield (
-        "All keys and values quantized in one pass over the text, each token's own and its neighbours', too. The last "
-        "row is decoded token by token from KIVI's cache, which quantizes keys per channel and values per token and "
-        "has the last 128 tokens exact."
-    )
+    yield "All keys and values quantized in one pass over the text, each token's own and its neighbours', too."
+    if study.window_losses:
+        yield (
+            "The last row is decoded token by token from KIVI's cache, which quantizes keys per channel and values per "
+            "token and has the last 128 tokens exact."
+        )
     yield ""
 
     def row(keys: str, values: str, losses: list[float]) -> list[str]:
