@@ -70,6 +70,10 @@ VARIANTS = {
         | {"model_type": "qwen3", "num_attention_heads": 2, "head_dim": 128, "tie_word_embeddings": True},
         {"token_embd": Type.Q8_0, "attn": Type.Q3_K, "ffn_down": Type.Q4_1, "ffn": Type.Q2_K},
     ),
+    "gemma3": Variant(
+        DECODER | {"model_type": "gemma3_text", "sliding_window": 16, "tie_word_embeddings": True},
+        {"token_embd": Type.Q8_0, "attn_q": Type.Q4_K, "attn": Type.Q5_0, "ffn_down": Type.Q6_K, "ffn": Type.Q4_0},
+    ),
     "falcon": Variant(
         COMMON | {"model_type": "falcon", "ffn_hidden_size": 1024, "multi_query": True},
         {"token_embd": Type.Q8_0, "attn_qkv": Type.Q5_K, "ffn": Type.Q8_0},

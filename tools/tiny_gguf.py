@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "falcon": gguf.MODEL_ARCH.FALCON,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
 }
 # Where blocks of types that the package can't quantize have their scales, which are float16: by the size of a block in
 # bytes, positions of the scale and of the minimum, and the scale of weights with a standard deviation of about 1.
@@ -98,7 +99,7 @@ def read_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope.dimension_count": config.get("head_dim") or hidden // heads,
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
         "attention.sliding_window": config.get("sliding_window")
-        if config["model_type"] == "mistral"
+        if config["model_type"] in ("mistral", "gemma3_text")
         else None,
         "attention.layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5) if falcon else None,
         "attention.layer_norm_rms_epsilon": None if falcon else config.get("rms_norm_eps", 1e-6),
@@ -128,6 +129,8 @@ def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _as_llama_cpp(name: str, tensor: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
     """What the converter does to some tensors."""
+    if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
+        return tensor + 1
     heads = config["num_attention_heads"]
     if config["model_type"] in ("llama", "mistral") and (".q_proj." in name or ".k_proj." in name):
         rows = heads if ".q_proj." in name else config.get("num_key_value_heads") or heads

@@ -112,6 +112,10 @@ class NumpyLlama:
 
     def run(self, tokens: np.ndarray) -> np.ndarray:
         """Logits after `tokens`: a whole prompt, a further chunk of one, or one token."""
+        return self.logits(tokens)[-1]
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """As `run`, after each of them."""
         x = self.tensors["model.embed_tokens.weight"][tokens]
         positions = self.length + np.arange(len(tokens))
         for layer, lists in enumerate(self.lists):
@@ -127,7 +131,7 @@ class NumpyLlama:
             up = h @ self.tensors[prefix + "mlp.up_proj.weight"].T
             x = x + (gate / (1 + np.exp(-gate)) * up) @ self.tensors[prefix + "mlp.down_proj.weight"].T
         self.length += len(tokens)
-        return self.norm(x[-1], "model.norm.weight") @ self.tensors["lm_head.weight"].T
+        return self.norm(x, "model.norm.weight") @ self.tensors["lm_head.weight"].T
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
         scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(self.config["rms_norm_eps"]))
