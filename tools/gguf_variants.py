@@ -70,9 +70,18 @@ VARIANTS = {
         | {"model_type": "qwen3", "num_attention_heads": 2, "head_dim": 128, "tie_word_embeddings": True},
         {"token_embd": Type.Q8_0, "attn": Type.Q3_K, "ffn_down": Type.Q4_1, "ffn": Type.Q2_K},
     ),
+    # Files don't say how scores are scaled. transformers takes 256 for any, llama.cpp the size of a head.
     "gemma3": Variant(
-        DECODER | {"model_type": "gemma3_text", "sliding_window": 16, "tie_word_embeddings": True},
-        {"token_embd": Type.Q8_0, "attn_q": Type.Q4_K, "attn": Type.Q5_0, "ffn_down": Type.Q6_K, "ffn": Type.Q4_0},
+        DECODER
+        | {"model_type": "gemma3_text", "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256}
+        | {"sliding_window": 16, "tie_word_embeddings": True},
+        {
+            "token_embd": Type.Q8_0,
+            "attn_q": Type.Q4_K,
+            "attn": Type.Q5_0,
+            "ffn_down": Type.Q6_K,
+            "ffn": Type.Q4_0,
+        },
     ),
     "falcon": Variant(
         COMMON | {"model_type": "falcon", "ffn_hidden_size": 1024, "multi_query": True},
@@ -120,9 +129,11 @@ def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.nda
             }
         return tensors
     head_dim, kv_heads, wide = config["head_dim"], config["num_key_value_heads"], config["intermediate_size"]
+    gemma3 = config["model_type"] == "gemma3_text"
+    mean = 0.0 if gemma3 else 1.0  # of norms' weights, to which Gemma adds 1
     tensors = {
         "model.embed_tokens.weight": matrix(vocab, hidden, 2.5),
-        "model.norm.weight": vector(hidden, 1.0),
+        "model.norm.weight": vector(hidden, mean),
     }
     if not config.get("tie_word_embeddings"):
         tensors["lm_head.weight"] = matrix(vocab, hidden, 2.5)
@@ -130,8 +141,8 @@ def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.nda
         prefix = f"model.layers.{layer}."
         sizes = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
         tensors |= {
-            prefix + "input_layernorm.weight": vector(hidden, 1.0),
-            prefix + "post_attention_layernorm.weight": vector(hidden, 1.0),
+            prefix + "input_layernorm.weight": vector(hidden, mean),
+            prefix + "post_attention_layernorm.weight": vector(hidden, mean),
             prefix + "self_attn.o_proj.weight": matrix(hidden, heads * head_dim, 4.0),
             prefix + "mlp.gate_proj.weight": matrix(wide, hidden, 1.0),
             prefix + "mlp.up_proj.weight": matrix(wide, hidden, 1.0),
@@ -141,6 +152,9 @@ def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.nda
             tensors[f"{prefix}self_attn.{part}_proj.weight"] = matrix(size, hidden, 1.4)
             if config["model_type"] == "qwen2":
                 tensors[f"{prefix}self_attn.{part}_proj.bias"] = vector(size, 0.0)
-            if config["model_type"] == "qwen3" and part != "v":
-                tensors[f"{prefix}self_attn.{part}_norm.weight"] = vector(head_dim, 1.0)
+            if (gemma3 or config["model_type"] == "qwen3") and part != "v":
+                tensors[f"{prefix}self_attn.{part}_norm.weight"] = vector(head_dim, mean)
+        if gemma3:
+            for norm in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
+                tensors[f"{prefix}{norm}.weight"] = vector(hidden, mean)
     return tensors
