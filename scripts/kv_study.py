@@ -19,8 +19,8 @@ import kivi_jax
 from kivi_jax.cli.errors import fail, one_line_errors
 from kivi_jax.text import encode
 from tools.kv_study.study import run_study
+from tools.prose import PROSE
 
-TEXT = Path(__file__).resolve().parent.parent / "assets" / "texts" / "alice.txt"
 DRAWING = ("matplotlib", "markdown_it")  # what the extra `plots` installs
 
 
@@ -29,7 +29,7 @@ def main(
     out: Annotated[Path, typer.Option(help="the report's folder")] = Path("kv_study"),
     text: Annotated[
         Path, typer.Option(help="the file with the text; by default a chapter of a novel")
-    ] = TEXT,
+    ] = PROSE,
     tokens: Annotated[int, typer.Option(min=2, help="how many of its first tokens")] = 1024,
     group_size: Annotated[int, typer.Option(min=1, help="values that share a scale and a zero")] = 32,
     window: Annotated[

@@ -1,0 +1,5 @@
+"""A text to run models on: chapter I of Alice's Adventures in Wonderland (Carroll 1865)."""
+
+from pathlib import Path
+
+PROSE = Path(__file__).resolve().parent.parent / "assets" / "texts" / "alice.txt"
