@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models
 
 # Machine code of tests takes seconds to make and runs for milliseconds.
 jax.config.update("jax_disable_most_optimizations", True)
-# Modules and workers, the next run and other checkouts share what is compiled in these processes. Those that tests start
-# don't: what they measure of a compilation would be gone.
+# Modules and workers, the next run and other checkouts share what is compiled in these processes. Those that tests
+# start don't: what they measure of a compilation would be gone.
 CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", str(CACHES / "kivi-jax" / "tests"))

@@ -181,6 +181,17 @@ def test_generates_the_same():
 
 
 @pytest.mark.parametrize("mesh", [BOTH, further(DATA), further(MODEL)], ids=name)
+@pytest.mark.parametrize("family", [llama(8, 2), further(falcon(6, 1))], ids=name)
+def test_scores_the_same(family, mesh):
+    ids = np.random.default_rng(0).integers(0, 104, 150).tolist()
+    pairs = [(ids[:first], ids[first:last]) for first, last in ((1, 150), (70, 120), (5, 64))]
+    expected = kivi_jax.score(random_params(family), pairs, WINDOW)
+    found = kivi_jax.score(random_params(family, mesh=mesh), pairs, WINDOW)
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", [BOTH, further(DATA), further(MODEL)], ids=name)
 def test_the_engine_gives_the_same(mesh):
     """Whichever device's slots a request gets; prompts of several pieces, and samples that share one, too."""
     family = llama(8, 4, num_layers=2)

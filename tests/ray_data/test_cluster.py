@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 pytest.importorskip("ray.data")
@@ -39,8 +40,8 @@ def notes(tmp_path_factory) -> Iterator[Path]:
         # As in this process, whose results are compared.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(jax.config.values["jax_compilation_cache_max_size"]),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         probes.FOLDER: str(folder),
     }
