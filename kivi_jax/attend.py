@@ -85,7 +85,7 @@ def attend_as_decoded(
 
     Nothing is stored: `layer` only says how it would be.
     """
-    if layer.flush_every is None:
+    if layer.flush_every is None or q.shape[1] <= layer.flush_every:  # nothing is read that was flushed
         return prefill_attention(q, k, v, layer.sliding_window, heads), layer
     prompt = slice(prompt_width)
     of_prompt = prefill_attention(q[:, prompt], k[:, prompt], v[:, prompt], layer.sliding_window, heads)

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import jax
 
-# A program that compiles faster than this is compiled again.
+# Programs that compile faster than this are compiled again; JAX's own default leaves out many small ones.
 LEAST_SECONDS = 0.3
-# The programs that were not used for longest are removed beyond this.
-MOST_BYTES = 4 * 2**30
 
 
 def keep_compiled_programs() -> None:
     """Makes JAX keep what it compiles in the user's cache folder, where the next process finds it.
 
     The commands call this. JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, and
-    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Call it before anything is compiled.
+    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Nothing is removed from the folder, unless
+    JAX_COMPILATION_CACHE_MAX_SIZE says so. Call it before anything is compiled.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
@@ -24,5 +23,5 @@ def keep_compiled_programs() -> None:
     except RuntimeError:  # there is no home
         return
     jax.config.update("jax_compilation_cache_dir", str(caches / "kivi-jax" / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
-    jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)

@@ -46,8 +46,9 @@ def score(params: Params, pairs: Sequence[Text | Pair], kv: str | KVConfig = "ki
     """Scores continuations after their contexts, as decoding through a cache would.
 
     The context is a prompt, whose tokens attend each other exactly. A token of the continuation attends what the cache
-    holds when it is decoded: keys and values that are due to be quantized as they are stored, newer ones exactly. So a
-    continuation that ends within the exact window has the same scores with every `kv`.
+    holds when it is decoded: keys and values that are due to be quantized as they are stored, newer ones exactly. So
+    texts of no more than `residual_length` tokens have the same scores with every `kv`, and so has the first token of
+    every continuation: the prompt predicts it.
 
     Args:
         params: the model.
@@ -139,11 +140,12 @@ def _batches(texts: Sequence[_Text], devices: int) -> Iterator[_Batch]:
         # Those with short continuations together.
         places.sort(key=lambda place: len(texts[place].continuation))
         for start in range(0, len(places), most):
-            yield _pad(texts, places[start : start + most], width, devices)
+            part = places[start : start + most]
+            rows = min(devices * bucket(-(-len(part) // devices)), most)
+            yield _pad(texts, part, rows, width)
 
 
-def _pad(texts: Sequence[_Text], places: list[int], width: int, devices: int) -> _Batch:
-    rows = devices * bucket(-(-len(places) // devices))
+def _pad(texts: Sequence[_Text], places: list[int], rows: int, width: int) -> _Batch:
     tokens = np.zeros((rows, width), np.int32)
     prompt_lengths = np.full(rows, width, np.int32)
     for row, place in enumerate(places):

@@ -110,7 +110,7 @@ def encode_pair(params: Params, pair: Any, name: str) -> tuple[list[int], list[i
             raise ValueError(f"{name} has a single token, which nothing comes before; give it a context")
         return ids[:1], ids[1:]
     context, continuation = pair
-    if context == "":
+    if isinstance(context, str) and not context:
         first = _tokenizer(params).encode("")
         if not first:
             raise ValueError(f"the context of {name} is empty, and this tokenizer has no beginning token")

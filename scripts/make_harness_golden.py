@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-TASKS = Path("tests/data/harness")
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = ROOT / "tests" / "data" / "harness"  # whose files are named from the root
 MOST_POSITIONS = 256
 
 

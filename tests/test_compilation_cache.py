@@ -43,10 +43,9 @@ def run(caches):
 def test_commands_keep_what_they_compile(tmp_path):
     folder = tmp_path / "kivi-jax" / "programs"
     assert run(tmp_path) == {"folder": str(folder), "hits": 0}
-    kept = {path.name for path in folder.glob("*-cache")}
-    assert kept
-    again = run(tmp_path)
-    assert again["hits"] == len(kept) == len(list(folder.glob("*-cache")))
+    kept = sum(1 for file in folder.iterdir() if not file.name.endswith("-atime"))
+    assert kept > 0
+    assert run(tmp_path)["hits"] == kept
 
 
 @pytest.fixture

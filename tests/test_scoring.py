@@ -16,7 +16,7 @@ from tools.oracle.numpy_kivi import NumpyLlama
 from tools.teacher_forcing import teacher_forced_logits
 
 SHORT = KVConfig(2, 2, 32, 32)
-SINKS = KVConfig(4, 2, 16, 64, sink_tokens=20, overrides={0: "bf16", -1: SHORT})
+SINKS = KVConfig(4, 2, 16, 64, sink_tokens=64, overrides={0: "bf16", -1: SHORT})
 FAMILIES = [
     "llama_dynamic",  # keys depend on the text's length when they were computed
     "mistral_window",  # both layers within a window of 48
@@ -137,6 +137,7 @@ def test_texts_and_their_borders(worded):
     (whole,) = kivi_jax.score(worded, [text])
     assert whole == kivi_jax.score(worded, [ids])[0] == kivi_jax.score(worded, [(ids[:1], ids[1:])])[0]
     assert kivi_jax.score(worded, []) == []
+    assert kivi_jax.score(worded, [(np.asarray(ids[:2]), np.asarray(ids[2:]))]) == expected
     # "w3w1" would be one unknown word: tokens that merge over the border are those of each part.
     assert kivi_jax.score(worded, [("w3", "w1")])[0].tokens == [1]
 

@@ -9,8 +9,6 @@ from jaxtyping import Float, Int
 
 import kivi_jax
 
-BASELINE = "bf16"  # what other caches are compared with
-
 
 @functools.partial(jax.jit, static_argnames=("prompt", "kv"))
 def teacher_forced_logits(

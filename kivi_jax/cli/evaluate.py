@@ -5,20 +5,22 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from jaxtyping import Int
 from tqdm import tqdm
 
 import kivi_jax
 from kivi_jax.cli.errors import one_line_errors
 from kivi_jax.cli.options import DType, MaxPositions, Model, Revision
-from kivi_jax.evaluation.needle import MAX_NEW_TOKENS, find_needles, make_cases
+from kivi_jax.evaluation.needle import MAX_NEW_TOKENS, Case, find_needles, make_cases
 from kivi_jax.evaluation.report import needle_table, task_table, text_table
 from kivi_jax.evaluation.tasks import Tasks
-from kivi_jax.evaluation.text_quality import BASELINE, compare, cut_windows, summarize
+from kivi_jax.evaluation.text_quality import BASELINE, Comparison, compare, cut_windows, summarize
 from kivi_jax.kv import PRESETS
-from kivi_jax.kv.config import KVConfig, resolve_kv
+from kivi_jax.kv.config import KVConfig, find_kv, resolve_kv
 from kivi_jax.progress import progress_disabled
-from kivi_jax.text import encode
+from kivi_jax.text import encode, load_tokenizer
 
 DEFAULT_KVS = (BASELINE, "kivi4", "kivi-k4v2", "kivi2-sinks", "kivi2")
 
@@ -73,40 +75,41 @@ def evaluate(
             raise ValueError("name files of text, or tasks")
         if needle and not texts:
             raise ValueError("--needle hides numbers in texts; name files of text")
+        if (limit or chat or slots) and not task:
+            raise ValueError("--limit, --chat and --slots are for tasks; name some by --task")
         if prompt_tokens >= length:
             raise ValueError(f"--prompt-tokens {prompt_tokens} leave nothing to predict of {length}")
+        if outside := [start for start in ranges or [] if not prompt_tokens < start < length]:
+            raise ValueError(f"--from must be between {prompt_tokens} and {length}, got {outside[0]}")
         if out is not None and not out.parent.is_dir():
             raise ValueError(f"there is no folder {out.parent} for --json {out}")
+        names = [name for given in kv or DEFAULT_KVS for name in given.split(",")]
+        for name in names:
+            find_kv(name)
         text = "\n\n".join(map(_read, texts or []))
         tasks = Tasks(task) if task else None
         params = kivi_jax.load(model, dtype, revision=revision, max_positions=max_positions)
-        positions = params.config.max_positions
-        if texts and length > positions:
-            raise ValueError(f"--length {length} exceeds the model's {positions} positions")
-        if needle and max(needle) > positions - MAX_NEW_TOKENS:
-            raise ValueError(
-                f"--needle {max(needle)} and an answer of {MAX_NEW_TOKENS} tokens exceed the model's {positions} "
-                f"positions"
-            )
-        names = [name for given in kv or DEFAULT_KVS for name in given.split(",")]
-        layers = params.config.num_layers
-        configs = {name: resolve_kv(name, params.config.head_dim, layers) for name in names}
+        configs = {name: resolve_kv(name, params.config.head_dim, params.config.num_layers) for name in names}
+        # Whatever can be wrong is found before anything is measured.
+        cut = _cut(params, text, length, windows) if texts and windows != 0 else None
+        cases = _hide(params, text, list(dict.fromkeys(needle)), depths, each) if needle else []
+        if tasks is not None:
+            tasks.check(params, chat)
         report: dict[str, Any] = {"model": model, "dtype": dtype}
-        if texts:
-            report["text"] = _measure_text(
-                params, text, configs, length, prompt_tokens, windows, ranges or []
-            )
-        if needle:
-            report["needle"] = _measure_needles(params, text, configs, needle, depths, each)
+        if cut is not None:
+            report["text"] = _measure_text(params, cut, configs, prompt_tokens, ranges or [])
+            _write(out, report)
+        if cases:
+            report["needle"] = _measure_needles(params, cases, configs, each)
+            _write(out, report)
         if tasks is not None:
             results = dict(tasks.measure(params, configs, limit, chat, slots))
             print(task_table(results), end="\n\n")
             report["tasks"] = {
-                name: {", ".join(key): value for key, value in metrics.items()}
+                name: {", ".join(key): dataclasses.asdict(metric) for key, metric in metrics.items()}
                 for name, metrics in results.items()
             }
-        if out is not None:
-            out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            _write(out, report)
 
 
 def _read(file: Path) -> str:
@@ -116,55 +119,81 @@ def _read(file: Path) -> str:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from None
 
 
+def _write(out: Path | None, report: dict[str, Any]) -> None:
+    """After every part, so that none is lost by what comes after it."""
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _cut(
+    params: kivi_jax.Params, text: str, length: int, windows: int | None
+) -> Int[np.ndarray, "windows T"]:
+    """The text's windows, each after the model's beginning tokens."""
+    if length > params.config.max_positions:
+        raise ValueError(f"--length {length} exceeds the model's {params.config.max_positions} positions")
+    (ids,) = encode(params, [text])
+    beginning = load_tokenizer(params.tokenizer or "").encode("")
+    return cut_windows(ids[len(beginning) :], length, windows, beginning)
+
+
+def _hide(params: kivi_jax.Params, text: str, lengths: list[int], depths: int, each: int) -> list[Case]:
+    positions = params.config.max_positions
+    if max(lengths) > positions - MAX_NEW_TOKENS:
+        raise ValueError(
+            f"--needle {max(lengths)} and an answer of {MAX_NEW_TOKENS} tokens exceed the model's {positions} positions"
+        )
+    return make_cases(params, text, lengths, [place / max(depths - 1, 1) for place in range(depths)], each)
+
+
 def _measure_text(
     params: kivi_jax.Params,
-    text: str,
+    windows: Int[np.ndarray, "windows T"],
     configs: dict[str, KVConfig],
-    length: int,
     prompt_tokens: int,
-    windows: int | None,
     ranges: list[int],
 ) -> dict[str, Any]:
-    (ids,) = encode(params, [text])
-    cut = cut_windows(ids, length, windows)
-    found: dict[str, list[Any]] = {name: [] for name in configs}
-    with tqdm(total=len(cut), desc="predicting", leave=False, disable=progress_disabled()) as progress:
-        for comparisons in compare(params, cut, prompt_tokens, list(configs.values())):
+    found: dict[str, list[Comparison]] = {name: [] for name in configs}
+    with tqdm(total=len(windows), desc="predicting", leave=False, disable=progress_disabled()) as progress:
+        for comparisons in compare(params, windows, prompt_tokens, list(configs.values())):
             for name, comparison in zip(configs, comparisons, strict=True):
                 found[name].append(comparison)
             progress.update(len(comparisons[0].loss))
     results = {
-        name: summarize(parts, configs[name], params.config.num_layers, prompt_tokens, ranges)
+        name: summarize(parts, configs[name], params.config.sliding_windows, prompt_tokens, ranges)
         for name, parts in found.items()
     }
-    predicted = len(cut) * (length - prompt_tokens)
+    count, length = windows.shape
     print(
-        f"{predicted:,} tokens in {len(cut)} windows of {length}, the first {prompt_tokens} of each prefilled\n"
+        f"{count * (length - prompt_tokens):,} tokens in {count} windows of {length}, "
+        f"the first {prompt_tokens} of each prefilled\n"
     )
     print(text_table(results, configs), end="\n\n")
-    return {name: [dataclasses.asdict(summary) for summary in of] for name, of in results.items()}
+    caches = {
+        name: {
+            "bits": configs[name].bits_per_value(),
+            "positions": [
+                dataclasses.asdict(summary) | {"perplexity": summary.perplexity} for summary in summaries
+            ],
+        }
+        for name, summaries in results.items()
+    }
+    return {"windows": count, "length": length, "prompt_tokens": prompt_tokens, "kv": caches}
 
 
 def _measure_needles(
-    params: kivi_jax.Params,
-    text: str,
-    configs: dict[str, KVConfig],
-    lengths: list[int],
-    depths: int,
-    each: int,
+    params: kivi_jax.Params, cases: list[Case], configs: dict[str, KVConfig], each: int
 ) -> dict[str, Any]:
-    places = [place / max(depths - 1, 1) for place in range(depths)]
-    cases = make_cases(params, text, lengths, places, each)
-    results: dict[str, dict[int, dict[float, float]]] = {}
+    results: dict[str, dict[int, dict[float, int]]] = {}
     with tqdm(
         total=len(cases) * len(configs), desc="searching", leave=False, disable=progress_disabled()
     ) as progress:
         for name, config in configs.items():
-            found = {length: dict.fromkeys(places, 0.0) for length in lengths}
+            found: dict[int, dict[float, int]] = {}
             for case, hit in find_needles(params, cases, config):
-                found[case.length][case.depth] += hit / each
+                at = found.setdefault(case.length, {})
+                at[case.depth] = at.get(case.depth, 0) + hit
                 progress.update()
             results[name] = found
     print(f"{len(cases)} needles\n")
-    print(needle_table(results), end="\n\n")
-    return results
+    print(needle_table(results, each), end="\n\n")
+    return {"each": each, "found": results}

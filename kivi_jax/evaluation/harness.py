@@ -25,7 +25,7 @@ from kivi_jax.text import load_tokenizer
 MAX_NEW_TOKENS = 256  # of tasks that don't say, as for the harness's other models
 # What tasks say in transformers' words, and generate in ours.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-WITHOUT_EFFECT = ("do_sample", "num_beams", "use_cache", "pad_token_id", "eos_token_id")
+WITHOUT_EFFECT = ("do_sample", "use_cache", "pad_token_id", "eos_token_id")
 
 
 class KiviLM(TemplateLM):  # type: ignore[misc] # the harness has no types
@@ -119,7 +119,10 @@ class KiviLM(TemplateLM):  # type: ignore[misc] # the harness has no types
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        asked = [self._read_request(*request.args) for request in requests]
+        asked = [
+            self._read_request(text, options, seed)
+            for seed, (text, options) in enumerate(request.args for request in requests)
+        ]
         if not asked:
             return []
         # A new engine each time: requests of one task are alike, and what they need is known only here.
@@ -130,6 +133,7 @@ class KiviLM(TemplateLM):  # type: ignore[misc] # the harness has no types
             slots=self.slots,
             most_slots=len(asked) if self.slots is None else None,
             capacity=capacity,
+            prefill_tokens=capacity,  # prompts attend themselves exactly, as where they are scored
         )
         texts: list[str] = [""] * len(asked)
         with tqdm(total=len(asked), desc="generating", disable=disable_tqdm) as progress:
@@ -142,8 +146,11 @@ class KiviLM(TemplateLM):  # type: ignore[misc] # the harness has no types
                 progress.update()
         return texts
 
-    def _read_request(self, text: str, options: dict[str, Any]) -> tuple[list[int], GenerationSettings]:
-        """A prompt, of which the newest tokens that leave room for the answer are kept, and how to answer it.
+    def _read_request(
+        self, text: str, options: dict[str, Any], seed: int
+    ) -> tuple[list[int], GenerationSettings]:
+        """A prompt, of which the newest tokens that leave room for the answer are kept, and how to answer it. Tasks may
+        repeat a prompt for several samples, so each request has its own seed.
 
         Raises:
             ValueError: options that there are not here, or an answer as long as the model's positions.
@@ -156,6 +163,8 @@ class KiviLM(TemplateLM):  # type: ignore[misc] # the harness has no types
         sampling = {name: given.pop(name) for name in SAMPLING if name in given}
         for name in WITHOUT_EFFECT:
             given.pop(name, None)
+        if given.get("num_beams") == 1:
+            del given["num_beams"]
         if given:
             raise ValueError(f"tasks can't set {', '.join(given)}, only {', '.join(SAMPLING)}")
         room = self.max_length - max_new_tokens
@@ -164,6 +173,6 @@ class KiviLM(TemplateLM):  # type: ignore[misc] # the harness has no types
                 f"answers of {max_new_tokens} tokens leave no room for a prompt in {self.max_length} positions"
             )
         settings = GenerationSettings(
-            max_new_tokens=max_new_tokens, stop=tuple(filter(None, stops)), **sampling
+            max_new_tokens=max_new_tokens, stop=tuple(filter(None, stops)), seed=seed, **sampling
         )
         return self.tok_encode(text)[-room:], settings

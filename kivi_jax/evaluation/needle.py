@@ -42,6 +42,8 @@ def make_cases(
     Raises:
         ValueError: the model has no tokenizer, or a length leaves no room for a text.
     """
+    if params.tokenizer is None:
+        raise ValueError("needles need a model with a tokenizer")
     rng = np.random.default_rng(0)
     sentences = [
         f"{sentence.strip()}." for sentence in haystack.replace("\n", " ").split(". ") if sentence.strip()
@@ -88,7 +90,12 @@ def _make_case(
 def find_needles(
     params: Params, cases: Sequence[Case], kv: str | KVConfig, tokens_at_once: int = 16384
 ) -> Iterator[tuple[Case, bool]]:
-    """Whether the number is in the answer to each case, by greedy decoding."""
+    """Whether the number is in the answer to each case, by greedy decoding. The prompt attends itself exactly, and so
+    predicts the answer's first token; the others are read from the cache.
+
+    Raises:
+        ValueError: the model's activations overflow.
+    """
     for length, group in itertools.groupby(cases, key=lambda case: case.length):
         alike = list(group)
         rows = max(tokens_at_once // length, 1)
@@ -96,4 +103,6 @@ def find_needles(
             part = alike[start : start + rows]
             completions = generate(params, [case.prompt for case in part], kv, max_new_tokens=MAX_NEW_TOKENS)
             for case, completion in zip(part, completions, strict=True):
+                if completion.finish_reason == "error":
+                    raise ValueError(f"a prompt of {length} tokens: {completion.error}")
                 yield case, case.number in (completion.text or "")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from kivi_jax.evaluation.tasks import Metrics
 from kivi_jax.evaluation.text_quality import BASELINE, Summary
 from kivi_jax.kv.config import KVConfig
 
@@ -34,29 +35,38 @@ def text_table(results: Mapping[str, Sequence[Summary]], configs: Mapping[str, K
     )
 
 
-def needle_table(results: Mapping[str, Mapping[int, Mapping[float, float]]]) -> str:
-    """Share of needles found by each cache, at every length, over all depths and at each."""
+def needle_table(results: Mapping[str, Mapping[int, Mapping[float, int]]], each: int) -> str:
+    """How many of the needles each cache found, at every length, over all depths and at each of these."""
     rows = []
     for name, lengths in results.items():
         for length, depths in lengths.items():
-            shares = [sum(depths.values()) / len(depths), *depths.values()]
-            rows.append((f"{name}, {length:,} tokens", *(f"{share:.0%}" for share in shares)))
+            rows.append(
+                (
+                    f"{name}, {length:,} tokens",
+                    f"{sum(depths.values())} of {len(depths) * each}",
+                    *(f"{count} of {each}" for count in depths.values()),
+                )
+            )
     depths = next(iter(next(iter(results.values())).values()))
     return table(("kv", "found", *(f"at {depth:.0%}" for depth in depths)), rows)
 
 
-def task_table(results: Mapping[str, Mapping[tuple[str, str], float]]) -> str:
+def task_table(results: Mapping[str, Metrics]) -> str:
     """The harness's metrics by task and name, side by side, and how far each cache is from the first one."""
     names = list(results)
-    columns = ["task", *names, *(f"{name} − {names[0]}" for name in names[1:])]
+    columns = ["task", "samples", *names, *(f"{name} − {names[0]}" for name in names[1:])]
     rows = []
-    for key in results[names[0]]:
-        values = [results[name].get(key, float("nan")) for name in names]
+    for key, first in results[names[0]].items():
+        found = [results[name][key] for name in names]
         rows.append(
             (
                 ", ".join(key),
-                *(f"{value:.4f}" for value in values),
-                *(f"{value - values[0]:+.4f}" for value in values[1:]),
+                str(first.samples),
+                *(
+                    f"{metric.value:.4f}" + ("" if metric.error is None else f" ± {metric.error:.4f}")
+                    for metric in found
+                ),
+                *(f"{metric.value - first.value:+.4f}" for metric in found[1:]),
             )
         )
     return table(columns, rows)

@@ -49,7 +49,7 @@ def compare(
         exact = _hidden(params, tokens, KVConfig(16, 16), prompt_tokens)
         comparisons = []
         for kv in kvs:
-            stored = _hidden(params, tokens, kv, prompt_tokens)
+            stored = _hidden(params, tokens, kv, prompt_tokens) if kv.quantized or kv.overrides else exact
             found = _compare(params, exact, stored, tokens[:, prompt_tokens:])
             comparisons.append(Comparison(*(np.asarray(x)[: len(part)] for x in found)))
         yield comparisons
@@ -82,7 +82,7 @@ class Summary:
 def summarize(
     comparisons: Sequence[Comparison],
     kv: KVConfig,
-    num_layers: int,
+    sliding_windows: Sequence[int | None],
     prompt_tokens: int,
     ranges: Sequence[int],
 ) -> list[Summary]:
@@ -95,7 +95,7 @@ def summarize(
     starts = sorted({prompt_tokens, *(start for start in ranges if prompt_tokens < start < end)})
     spans = list(itertools.pairwise([*starts, end]))
     # Of the token at position i, the one at i - 1 was predicted from.
-    shares = read_from_codes(kv, num_layers, np.arange(prompt_tokens, end) - 1)
+    shares = read_from_codes(kv, sliding_windows, np.arange(prompt_tokens, end) - 1)
     shares[0] = 0  # the first one is predicted by the prompt, which attends itself
 
     def mean(x: np.ndarray, first: int, stop: int) -> float:
@@ -134,32 +134,37 @@ def _compare(
 
 
 def read_from_codes(
-    kv: KVConfig, num_layers: int, positions: Int[np.ndarray, " T"]
+    kv: KVConfig, sliding_windows: Sequence[int | None], positions: Int[np.ndarray, " T"]
 ) -> Float[np.ndarray, " T"]:
-    """Share of the keys and values before each position that a token there reads from codes, mean of all layers.
-
-    Sliding windows are left out of account.
+    """Share of the keys and values before each position that a token there reads from codes, of all it reads; the mean
+    of all layers, each of which attends the newest of `sliding_windows` tokens, the one at the position included.
     """
     shares = []
-    for layer in kv.of_layers(num_layers):
+    for layer, window in zip(kv.of_layers(len(sliding_windows)), sliding_windows, strict=True):
+        seen = positions if window is None else np.minimum(positions, window - 1)
         if not layer.quantized:
             shares.append(np.zeros(len(positions)))
             continue
-        residual = layer.residual_length
-        keys = np.maximum(positions - positions % residual - layer.sink_tokens, 0)
-        values = np.maximum(positions - residual - layer.sink_tokens, 0)
-        shares.append((keys + values) / (2 * np.maximum(positions, 1)))
+        first = np.maximum(positions - seen, layer.sink_tokens)
+        keys = np.maximum(positions - positions % layer.residual_length - first, 0)
+        values = np.maximum(positions - layer.residual_length - first, 0)
+        shares.append((keys + values) / (2 * np.maximum(seen, 1)))
     return np.mean(shares, axis=0)
 
 
-def cut_windows(ids: Sequence[int], length: int, most: int | None = None) -> Int[np.ndarray, "windows T"]:
-    """The text's tokens in windows of `length`, one after the other; what is left over is left out.
+def cut_windows(
+    ids: Sequence[int], length: int, most: int | None = None, beginning: Sequence[int] = ()
+) -> Int[np.ndarray, "windows T"]:
+    """The text's tokens in windows of `length`, each after the tokens that texts of this model begin with, which count.
+    What is left over is left out.
 
     Raises:
         ValueError: the text has fewer tokens.
     """
-    count = len(ids) // length
-    if not count:
+    own = length - len(beginning)
+    count = len(ids) // max(own, 1)
+    if own < 1 or not count:
         raise ValueError(f"the text has {len(ids)} tokens, less than a window of {length}; name longer texts")
     count = min(count, most or count)
-    return np.asarray(ids[: count * length], np.int32).reshape(count, length)
+    windows = np.asarray(ids[: count * own], np.int32).reshape(count, own)
+    return np.concatenate([np.tile(np.asarray(beginning, np.int32), (count, 1)), windows], axis=1)

@@ -2,11 +2,16 @@
 
 import json
 
+import lm_eval
 import pytest
 from typer.testing import CliRunner
 
+import kivi_jax
 from kivi_jax.cli import app
-from scripts.make_harness_golden import TASKS
+from kivi_jax.evaluation.report import task_table
+from kivi_jax.evaluation.tasks import Metric, Tasks
+from kivi_jax.kv import PRESETS
+from scripts.make_harness_golden import ROOT, TASKS
 
 TEXT = "The wind was cold. The ship left the harbour at dawn. Nobody spoke of it to the old captain. " * 20
 
@@ -23,11 +28,16 @@ def test_texts_and_needles(tmp_path):
     ended = run(tmp_path / "text", "--kv", "bf16,kivi2", *window, *needle, "--json", out)
     assert ended.exit_code == 0, ended.output
     report = json.loads(out.read_text())
-    whole, first, second = report["text"]["kivi2"]
+    assert {name: report["text"][name] for name in ("windows", "length", "prompt_tokens")} == {
+        "windows": 2,
+        "length": 200,
+        "prompt_tokens": 50,
+    }
+    whole, first, second = report["text"]["kv"]["kivi2"]["positions"]
     assert (whole["first"], first["last"], second["first"], second["last"]) == (50, 127, 128, 199)
     assert first["divergence"] < 1e-3 < second["divergence"]
-    assert report["text"]["bf16"][0]["divergence"] == pytest.approx(0, abs=1e-6)
-    assert report["needle"].keys() == {"bf16", "kivi2"}
+    assert report["text"]["kv"]["bf16"]["positions"][0]["divergence"] == pytest.approx(0, abs=1e-6)
+    assert report["needle"]["found"].keys() == {"bf16", "kivi2"}
     lines = ended.stdout.splitlines()
     assert "300 tokens in 2 windows of 200, the first 50 of each prefilled" in lines
     assert any(
@@ -38,13 +48,32 @@ def test_texts_and_needles(tmp_path):
 
 
 def test_tasks_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.chdir(TASKS.absolute().parents[2])
+    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     expected = json.loads((TASKS / "expected.json").read_text())["kivi_choose"]["metrics"]
     ended = run("--task", TASKS / "kivi_choose.yaml", "--kv", "bf16", "--kv", "kivi4", "--dtype", "float32")
     assert ended.exit_code == 0, ended.output
-    row = f"| kivi_choose, acc | {expected['acc,none']:.4f} | {expected['acc,none']:.4f} | +0.0000 |"
-    assert row in ended.stdout.splitlines()  # texts so short attend no codes
+    (row,) = (line for line in ended.stdout.splitlines() if line.startswith("| kivi_choose, acc |"))
+    assert row.startswith(f"| kivi_choose, acc | 6 | {expected['acc,none']:.4f} ± ")
+    assert row.endswith(" | +0.0000 |")  # texts so short attend no codes
+
+
+def test_each_cache_is_asked(monkeypatch):
+    """With its own configuration."""
+    asked = []
+
+    def simple_evaluate(model, tasks, **options):
+        asked.append((model.kv, tasks))
+        metrics = {"acc,none": 0.5 * len(asked), "acc_stderr,none": 0.1, "alias": "a task"}
+        return {"results": {"kivi_choose": metrics}, "n-samples": {"kivi_choose": {"effective": 6}}}
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
+    configs = {name: PRESETS[name] for name in ("bf16", "kivi2")}
+    tasks = Tasks([str(TASKS / "kivi_choose.yaml")])
+    found = dict(tasks.measure(kivi_jax.load("demo"), configs, None, False, None))
+    assert asked == [(config, ["kivi_choose"]) for config in configs.values()]
+    assert found["kivi2"] == {("kivi_choose", "acc"): Metric(1.0, 0.1, 6)}
+    assert "| kivi_choose, acc | 6 | 0.5000 ± 0.1000 | 1.0000 ± 0.1000 | +0.5000 |" in task_table(found)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +85,10 @@ def test_tasks_side_by_side(tmp_path, monkeypatch):
         (("README.md", "--length", 64), "--prompt-tokens 64 leave nothing to predict of 64"),
         (("README.md", "--length", 4096), "--length 4096 exceeds the model's 2048 positions"),
         (("--task", "arc", "--needle", 100), "name files of text"),
+        (("README.md", "--limit", 3), "--limit, --chat and --slots are for tasks"),
+        (("README.md", "--from", 10), "--from must be between 64 and 1024, got 10"),
+        (("README.md", "--needle", 20), "20 tokens has no room for a text"),
+        (("--task", TASKS / "kivi_say.yaml", "--chat"), "the model's chat template, and it has none"),
         (
             ("README.md", "--length", 2000, "--needle", 4096),
             "--needle 4096 and an answer of 24 tokens exceed the model's 2048 positions",

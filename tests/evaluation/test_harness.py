@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 import kivi_jax
 from kivi_jax import KVConfig
 from kivi_jax.evaluation.harness import KiviLM
-from scripts.make_harness_golden import MOST_POSITIONS, TASKS, answers
+from scripts.make_harness_golden import MOST_POSITIONS, ROOT, TASKS, answers
 
 SHORT = KVConfig(2, 2, 32, 32)
 
@@ -21,7 +21,7 @@ def demo():
 
 def test_answers_are_those_of_the_harness_own_model(demo, monkeypatch):
     """Multiple choice, a text to go on with, and whole texts, of which some are longer than the model's positions."""
-    monkeypatch.chdir(TASKS.absolute().parents[2])
+    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     expected = json.loads((TASKS / "expected.json").read_text())
     found = answers(KiviLM(demo, "bf16", slots=2))
@@ -68,6 +68,11 @@ def test_options_of_tasks(demo):
     )
     assert said == expected.text
     assert model.generate_until([]) == []
+    # A task that wants several samples repeats its prompt.
+    first, second = model.generate_until([request(text, sampled)] * 2, disable_tqdm=True)
+    assert first == said != second
+    with pytest.raises(ValueError, match="tasks can't set num_beams"):
+        model.generate_until([request(text, sampled | {"num_beams": 4})])
     with pytest.raises(ValueError, match="tasks can't set typical_p, only temperature"):
         model.generate_until([request(text, {"typical_p": 0.5})])
     with pytest.raises(ValueError, match="answers of 256 tokens leave no room for a prompt in 256 positions"):
