@@ -36,8 +36,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import kivi_jax
-from kivi_jax.evaluation.text_quality import BASELINE
 from kivi_jax import KVConfig
+from kivi_jax.evaluation.text_quality import BASELINE
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.kv.state import empty_state
 from tools.teacher_forcing import teacher_forced_logits

@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-PROSE = Path(__file__).resolve().parent.parent / "assets" / "texts" / "alice.txt"
+PROSE = Path(__file__).with_name("alice.txt")
