@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,10 +168,15 @@ def _measure_text(
         f"{count * (length - prompt_tokens):,} tokens in {count} windows of {length}, "
         f"the first {prompt_tokens} of each prefilled\n"
     )
-    print(text_table(results, configs), end="\n\n")
+    layers = params.config.num_layers
+    bits = {
+        name: statistics.mean(layer.bits_per_value() for layer in config.of_layers(layers))
+        for name, config in configs.items()
+    }
+    print(text_table(results, bits), end="\n\n")
     caches = {
         name: {
-            "bits": configs[name].bits_per_value(),
+            "bits": bits[name],
             "positions": [
                 dataclasses.asdict(summary) | {"perplexity": summary.perplexity} for summary in summaries
             ],

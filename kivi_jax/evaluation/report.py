@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kivi_jax.evaluation.tasks import Metrics
 from kivi_jax.evaluation.text_quality import BASELINE, Summary
-from kivi_jax.kv.config import KVConfig
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -13,8 +12,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def text_table(results: Mapping[str, Sequence[Summary]], configs: Mapping[str, KVConfig]) -> str:
-    """A row for each cache, and below it one for each range of positions."""
+def text_table(results: Mapping[str, Sequence[Summary]], bits: Mapping[str, float]) -> str:
+    """A row for each cache, with its `bits` per value, and below it one for each range of positions."""
     rows = []
     for name, summaries in results.items():
         for number, found in enumerate(summaries):
@@ -22,7 +21,7 @@ def text_table(results: Mapping[str, Sequence[Summary]], configs: Mapping[str, K
             rows.append(
                 (
                     label,
-                    f"{configs[name].bits_per_value():.2f}",
+                    f"{bits[name]:.2f}",
                     f"{found.from_codes:.0%}",
                     f"{found.loss:.4f}",
                     f"{found.perplexity:.2f}",
