@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import typer
+
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "tests" / "data" / "harness"  # whose files are named from the root
 MOST_POSITIONS = 256
@@ -41,6 +43,7 @@ def answers(model: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Writes tests/data/harness/expected.json."""
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(
@@ -52,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
