@@ -16,7 +16,8 @@ from tools.oracle.numpy_kivi import NumpyLlama
 from tools.teacher_forcing import teacher_forced_logits
 
 SHORT = KVConfig(2, 2, 32, 32)
-SINKS = KVConfig(4, 2, 16, 64, sink_tokens=64, overrides={0: "bf16", -1: SHORT})
+SINKS = KVConfig(4, 2, 16, 64, sink_tokens=64, overrides={-1: SHORT})
+MIXED = KVConfig(2, 2, 32, 32, overrides={0: "bf16"})
 FAMILIES = [
     "llama_dynamic",  # keys depend on the text's length when they were computed
     "mistral_window",  # both layers within a window of 48
@@ -67,7 +68,9 @@ def decoded_logprobs(params, tokens, prompt, kv):
     ]
 
 
-@pytest.mark.parametrize("config", ["bf16", SHORT, SINKS, further("kivi2"), further("kivi2-sinks")], ids=str)
+@pytest.mark.parametrize(
+    "config", ["bf16", SHORT, SINKS, further(MIXED), further("kivi2"), further("kivi2-sinks")], ids=str
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_decoding_token_by_token(name, config):
     params = read_golden(GOLDENS / name).params
