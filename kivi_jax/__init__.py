@@ -1,6 +1,7 @@
 """LLM inference in JAX with a 2-bit key-value cache (KIVI)."""
 
 from kivi_jax import kv
+from kivi_jax.chat import Chat
 from kivi_jax.checkpoints.convert import convert
 from kivi_jax.checkpoints.hf_files import CheckpointError
 from kivi_jax.checkpoints.load import load
@@ -15,6 +16,7 @@ from kivi_jax.steps import decode_step, extend, init_state, prefill
 from kivi_jax.version import __version__
 
 __all__ = [
+    "Chat",
     "CheckpointError",
     "Completion",
     "Engine",

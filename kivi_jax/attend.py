@@ -1,8 +1,8 @@
 """What a model's layers call for attention: it attends, and stores the new keys and values.
 
-One function for each of whole prompts, chunks and single tokens, and one for texts as if decoded. Each runs on one
-device's rows and heads: with `Partition.attend`, what comes first of their arguments becomes the `Attend` that models
-call.
+One function for each of whole prompts, the same for several caches, chunks and single tokens, and one for texts as if
+decoded. Each runs on one device's rows and heads: with `Partition.attend`, what comes first of their arguments becomes
+the `Attend` that models call.
 """
 
 import jax
@@ -39,6 +39,21 @@ def attend_prompts(
                 stored, first[: lengths.size] if rows is None else first[jnp.maximum(rows, 0)]
             )
     return jnp.where(stored[:, None, None, None], out, jnp.nan), layer
+
+
+def attend_prompts_for_each(
+    q: Float[Array, "N T Hq D"],
+    k: Float[Array, "N T H D"],
+    v: Float[Array, "N T H D"],
+    layers: tuple[Layer, ...],
+    heads: Heads,
+    lengths: Int[Array, " N"],
+    rows: Int[Array, " N"] | None = None,
+) -> tuple[Float[Array, "N T Hq D"], tuple[Layer, ...]]:
+    """`attend_prompts`, stored in one layer of each of several caches."""
+    out, first = attend_prompts(q, k, v, layers[0], heads, lengths, rows)
+    k, v = finite(k), finite(v)
+    return out, (first, *(layer.store_prompt(k, v, lengths, rows) for layer in layers[1:]))
 
 
 def attend_chunk(

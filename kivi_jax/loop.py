@@ -40,6 +40,18 @@ def run(
 ) -> Iterator[list[Completion]]:
     """Generates, and yields the completions so far, of the rows that have a reader, after every `every` tokens."""
     decoding = _start(params, batch, readers, kv, settings, prefill_chunk)
+    yield from continue_to_end(params, batch, readers, decoding, settings.max_new_tokens, every)
+
+
+def continue_to_end(
+    params: Params,
+    batch: PromptBatch,
+    readers: list[CompletionReader],
+    decoding: Decoding,
+    max_new_tokens: int,
+    every: int | None = None,
+) -> Iterator[list[Completion]]:
+    """`run` from the first token of every row on; `decoding` is donated."""
     completions = [Completion(None, [], None)] * len(readers)
     steps = 1
     while True:
@@ -52,7 +64,7 @@ def run(
             yield completions
         running_rows = np.zeros(len(batch.samples), bool)
         running_rows[batch.rows] = running
-        more = settings.max_new_tokens - steps if every is None else every
+        more = max_new_tokens - steps if every is None else every
         decoding = _continue(params, decoding, more, running_rows)
         steps += more
 

@@ -24,6 +24,7 @@ from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.heads import Heads
 
 Tree = TypeVar("Tree")
+Stored = TypeVar("Stored")  # a layer, or one of each of several caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Partition:
 
     def attend(
         self,
-        function: Callable[..., tuple[Array, Layer]],
+        function: Callable[..., tuple[Array, Stored]],
         per_row: tuple[Array, ...],
         q: Float[Array, "B T Hq D"],
         k: Float[Array, "B T H D"],
         v: Float[Array, "B T H D"],
-        layer: Layer,
-    ) -> tuple[Float[Array, "B T Hq D"], Layer]:
+        layer: Stored,
+    ) -> tuple[Float[Array, "B T Hq D"], Stored]:
         """`function(q, k, v, layer, heads, *per_row)`, which attends and stores, on each device's part of them."""
         slopes = None if self.alibi_slopes is None else np.asarray(self.alibi_slopes, np.float32)
         if self.mesh is None:
@@ -68,8 +69,8 @@ class Partition:
         shared = q.shape[2] // k.shape[2]
 
         def on_device(
-            slopes: Slopes | None, q: Array, k: Array, v: Array, layer: Layer, *per_row: Array
-        ) -> tuple[Array, Layer]:
+            slopes: Slopes | None, q: Array, k: Array, v: Array, layer: Stored, *per_row: Array
+        ) -> tuple[Array, Stored]:
             heads = Heads(slopes)
             if self.query_heads != self.kv_heads:
                 first = jax.lax.axis_index(self.query_heads) * q.shape[2] // shared
@@ -78,7 +79,11 @@ class Partition:
 
         queries = PartitionSpec(self.rows, None, self.query_heads)
         keys = PartitionSpec(self.rows, None, self.kv_heads)
-        stored = layer.partition_spec(self.rows, self.kv_heads)
+        stored = jax.tree.map(
+            lambda one: one.partition_spec(self.rows, self.kv_heads),
+            layer,
+            is_leaf=lambda node: isinstance(node, Layer),
+        )
         rows = [PartitionSpec(self.rows)] * len(per_row)
         return jax.shard_map(
             on_device,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kivi_jax.arguments import read_size
-from kivi_jax.attend import attend_chunk, attend_prompts, attend_token
+from kivi_jax.attend import attend_chunk, attend_prompts, attend_prompts_for_each, attend_token
 from kivi_jax.kv.buffers import once_computed
 from kivi_jax.kv.config import KVConfig, resolve_kv
-from kivi_jax.kv.layer import Layer
 from kivi_jax.kv.state import KVState, advance, empty_state
 from kivi_jax.model import Params, jit_of_params
 from kivi_jax.models.layers import Attend
@@ -70,6 +71,30 @@ def prefill(
     """
     _check_chunk(tokens, lengths, state)
     return _prefill(params, params.partition(lengths.size), tokens, lengths, state)
+
+
+@functools.partial(jit_of_params, donate_argnames="states")
+def prefill_each(
+    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], states: tuple[KVState, ...]
+) -> tuple[Float[Array, "B vocab"], tuple[KVState, ...]]:
+    """`prefill` of several states, which are donated, by one pass of the model: prompts attend themselves, whatever
+    stores them.
+
+    Raises:
+        ValueError: the shapes of `tokens`, `lengths` and a state don't fit together.
+    """
+    for state in states:
+        _check_chunk(tokens, lengths, state)
+    partition = params.partition(lengths.size)
+    layers = tuple(zip(*(state.layers for state in states), strict=True))
+    logits, layers = _fill_rows(
+        params, partition, tokens, lengths, layers, attend_and_store=attend_prompts_for_each
+    )
+    lengths = lengths.astype(jnp.int32)
+    return logits, tuple(
+        dataclasses.replace(state, lengths=lengths, layers=filled)
+        for state, filled in zip(states, zip(*layers, strict=True), strict=True)
+    )
 
 
 @jit_of_params
@@ -254,10 +279,11 @@ def _fill_rows(
     partition: Partition,
     tokens: Int[Array, "N T"],
     lengths: Int[Array, " N"],
-    layers: tuple[Layer, ...],
+    layers: tuple[Any, ...],
     rows: Int[Array, " N"] | None = None,
     at_once: int = PREFILL_TOKENS,
-) -> tuple[Float[Array, "N vocab"], tuple[Layer, ...]]:
+    attend_and_store: Callable[..., tuple[Array, Any]] = attend_prompts,
+) -> tuple[Float[Array, "N vocab"], tuple[Any, ...]]:
     """Logits of each prompt's last token, and the layers with the prompts in their `rows`.
 
     Args:
@@ -269,6 +295,7 @@ def _fill_rows(
         rows: where each prompt goes, counted from its device's first row; None for the first ones in their order. Those
             of negative rows, which are the last of their device, are left out.
         at_once: tokens of each device that run at a time, in whole rows.
+        attend_and_store: what prompts attend themselves by, and are stored by in each of `layers`.
     """
     devices, count = partition.row_devices, lengths.size // partition.row_devices
     groups = -(-count // max(at_once // tokens.shape[1], 1))
@@ -277,7 +304,7 @@ def _fill_rows(
         rows = jnp.arange(lengths.size, dtype=jnp.int32) % count
     tokens, *per_row = partition.place((tokens, lengths) if rows is None else (tokens, lengths, rows))
 
-    def fill_group(i: Array, carry: tuple[Array, tuple[Layer, ...]]) -> tuple[Array, tuple[Layer, ...]]:
+    def fill_group(i: Array, carry: tuple[Array, tuple[Any, ...]]) -> tuple[Array, tuple[Any, ...]]:
         """Fills group i: equally many rows of each device that the batch is split over."""
         logits, layers = carry
         start = jnp.minimum(i * size, count - size)  # the last group starts early
@@ -289,7 +316,7 @@ def _fill_rows(
                 for x in (tokens, *per_row)
             )
         )
-        attend = functools.partial(partition.attend, attend_prompts, tuple(group))
+        attend = functools.partial(partition.attend, attend_and_store, tuple(group))
         zeros = jnp.zeros_like(group[0])
         new, layers = _run_chunk(params, group_tokens, zeros, group[0], layers, attend)
         new = new.reshape(devices, size, -1)
@@ -322,9 +349,9 @@ def _run_chunk(
     tokens: Int[Array, "B T"],
     starts: Int[Array, " B"],
     counts: Int[Array, " B"],
-    layers: tuple[Layer, ...],
+    layers: tuple[Any, ...],
     attend: Attend,
-) -> tuple[Float[Array, "B vocab"], tuple[Layer, ...]]:
+) -> tuple[Float[Array, "B vocab"], tuple[Any, ...]]:
     """Logits of each row's last real token, and the layers as `attend` left them."""
     last = jnp.maximum(counts - 1, 0)[:, None]
     # Padding repeats the last position, so that the largest one tells a row's length (dynamic RoPE depends on it).

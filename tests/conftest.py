@@ -1,6 +1,8 @@
 """Checks the shapes in kivi_jax's annotations at run time, and has the models that several tests share."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,24 +13,34 @@ import jax
 import jaxlib
 import jaxtyping
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 # Machine code of tests takes seconds to make and runs for milliseconds.
 jax.config.update("jax_disable_most_optimizations", True)
 # Modules and workers, the next run and other checkouts share what is compiled in these processes. Those that tests
 # start don't: what they measure of a compilation would be gone.
-CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+# Without a bound on its size, for which JAX would look at every file whenever it adds one.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kivi-jax" / "tests"
+MOST_CACHED = 2**31  # bytes, beyond which a run begins with an empty cache
 jax.config.update("jax_enable_compilation_cache", True)
-jax.config.update("jax_compilation_cache_dir", str(CACHES / "kivi-jax" / "tests"))
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_compilation_cache_max_size", 2**31)
 
 jaxtyping.install_import_hook("kivi_jax", "beartype.beartype")
 
 import kivi_jax  # noqa: E402
 from tests.tiny_checkpoint import TINY, write_checkpoint  # noqa: E402
 
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 25_000  # of 65,530, and a single test may need many
+
 LONGEST = {"test_partition.py", "test_train_demo.py", "test_killed.py", "test_cluster.py", "test_gpu.py"}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    cached = sum(file.stat().st_size for file in CACHE.glob("*")) if CACHE.exists() else 0
+    if not hasattr(session.config, "workerinput") and cached > MOST_CACHED:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_report_header() -> str:
@@ -40,11 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_programs_of_other_modules():
-    """Every program that JAX keeps costs a process some mappings of memory, of which Linux allows 65,530."""
+@pytest.fixture(autouse=True)
+def _room_for_programs():
+    """Every program that JAX keeps costs a process some mappings of memory; beyond Linux's bound it would crash."""
     yield
-    jax.clear_caches()
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture
@@ -70,3 +83,25 @@ def lettered(tmp_path_factory):
     Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return kivi_jax.load(folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def chatty_folder(tmp_path_factory):
+    """`lettered`, as a model that is talked with."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("chatty"))
+    vocabulary = {f"w{token}": token for token in range(TINY["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for message in messages %}{{ {'system': 'w1', 'user': 'w2', 'assistant': 'w3'}[message.role] }} "
+        "{{ message.content }} {% endfor %}w3"
+    )
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chatty(chatty_folder):
+    return kivi_jax.load(chatty_folder, dtype="float32")

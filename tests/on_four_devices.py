@@ -14,6 +14,7 @@ from benchmarks import mesh as mesh_report
 from benchmarks.mesh import collectives, compile_decode_loop
 from kivi_jax import KVConfig
 from kivi_jax.checkpoints.weights import abstract_weights, flatten_paths, nest_paths
+from kivi_jax.evaluation.needle import answer_each
 from kivi_jax.kv import kv_bytes
 from kivi_jax.model import Params
 from kivi_jax.models.falcon import FalconConfig
@@ -189,6 +190,16 @@ def test_scores_the_same(family, mesh):
     found = kivi_jax.score(random_params(family, mesh=mesh), pairs, WINDOW)
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mesh", [BOTH, DATA], ids=name)
+def test_several_caches_of_one_prefill_give_the_same(mesh):
+    family = llama(8, 2)
+    prompts = [np.arange(length).tolist() for length in (40, 97, 70)]
+    kvs = [kivi_jax.kv.PRESETS["bf16"], WINDOW]
+    expected = answer_each(random_params(family), prompts, kvs)
+    assert answer_each(random_params(family, mesh=mesh), prompts, kvs) == expected
 
 
 @pytest.mark.parametrize("mesh", [BOTH, further(DATA), further(MODEL)], ids=name)

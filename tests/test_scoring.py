@@ -1,5 +1,7 @@
 """Scores of one parallel pass against decoding token by token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,6 @@ from scripts.parity_report import GOLDENS, read_golden
 from tests.further import further
 from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint
 from tools.oracle.numpy_kivi import NumpyLlama
-from tools.teacher_forcing import teacher_forced_logits
 
 SHORT = KVConfig(2, 2, 32, 32)
 SINKS = KVConfig(4, 2, 16, 64, sink_tokens=64, overrides={-1: SHORT})
@@ -22,20 +23,18 @@ FAMILIES = [
     "llama_dynamic",  # keys depend on the text's length when they were computed
     "mistral_window",  # both layers within a window of 48
     "falcon_rw",  # ALiBi
-    *map(
-        further,
-        [
-            "gemma3_text",
-            "gemma3_vision",
-            "llama_mha",
-            "llama_yarn",
-            "qwen2",
-            "qwen3_bias",
-            "falcon_7b",
-            "falcon_40b",
-        ],
-    ),
 ]
+FURTHER = [
+    "gemma3_text",
+    "gemma3_vision",
+    "llama_mha",
+    "llama_yarn",
+    "qwen2",
+    "qwen3_bias",
+    "falcon_7b",
+    "falcon_40b",
+]
+CONFIGS = ["bf16", SHORT, SINKS, further(MIXED), further("kivi2"), further("kivi2-sinks")]
 
 
 @pytest.fixture(autouse=True)
@@ -60,25 +59,45 @@ def random_ids(params, *shape):
     return np.random.default_rng(0).integers(0, params.config.vocab_size, shape, np.int32)
 
 
-def decoded_logprobs(params, tokens, prompt, kv):
-    """Of the tokens after the first `prompt` ones, `[B, T - prompt]`, by one decode step after the other."""
-    logits = teacher_forced_logits(params, jnp.asarray(tokens), prompt, kv).swapaxes(0, 1)
-    return np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[:, prompt:, None], axis=-1)[
-        ..., 0
-    ]
+@functools.partial(jax.jit, static_argnames="kv")
+def decoded_logits(params, tokens, lengths, kv):
+    """Logits after every token of rows whose prompts have these lengths, by one decode step after the other."""
+    batch, length = tokens.shape
+    state = kivi_jax.init_state(params, batch, length, kv)
+    first, state = kivi_jax.prefill(params, tokens, lengths, state)
+
+    def step(carry, at):
+        last, state = carry
+        logits, state = kivi_jax.decode_step(params, tokens[:, at], state, at >= lengths)
+        logits = jnp.where((at >= lengths)[:, None], logits, last)
+        return (logits, state), logits
+
+    return jax.lax.scan(step, (first, state), jnp.arange(length))[1].swapaxes(0, 1)
 
 
-@pytest.mark.parametrize(
-    "config", ["bf16", SHORT, SINKS, further(MIXED), further("kivi2"), further("kivi2-sinks")], ids=str
-)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_decoding_token_by_token(name, config):
+    check_equals_decoding(name, config)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("config", [SHORT, SINKS, "kivi2-sinks"], ids=str)
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_families_equal_decoding(name, config):
+    check_equals_decoding(name, config)
+
+
+def check_equals_decoding(name, config):
     params = read_golden(GOLDENS / name).params
-    tokens = random_ids(params, 2, 190)
-    for prompt in (1, 77):
-        expected = decoded_logprobs(params, tokens, prompt, config)
-        scores = kivi_jax.score(params, [(row[:prompt], row[prompt:]) for row in tokens.tolist()], config)
-        np.testing.assert_allclose([found.logprobs for found in scores], expected, rtol=5e-6, atol=1e-5)
+    tokens, prompts = random_ids(params, 2, 190), (1, 77)
+    logits = decoded_logits(params, jnp.asarray(tokens), jnp.asarray(prompts), config)
+    logprobs = np.asarray(jax.nn.log_softmax(logits[:, :-1]))
+    pairs = [(row[:prompt], row[prompt:]) for row, prompt in zip(tokens.tolist(), prompts, strict=True)]
+    for row, prompt, found in zip(range(2), prompts, kivi_jax.score(params, pairs, config), strict=True):
+        following = np.arange(prompt, tokens.shape[1])
+        expected = logprobs[row, following - 1, tokens[row, following]]
+        np.testing.assert_allclose(found.logprobs, expected, rtol=5e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [SHORT, KVConfig(4, 2, 16, 32, sink_tokens=20)], ids=str)

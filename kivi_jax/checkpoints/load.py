@@ -134,8 +134,11 @@ def _check_max_positions(max_positions: int | None) -> int | None:
     return max_positions
 
 
-def find_model(name: str | Path, revision: str | None = None) -> Path:
-    """A model's folder or GGUF file, downloaded if necessary. Arguments and errors are those of `load`."""
+def find_model(name: str | Path, revision: str | None = None, with_weights: bool = True) -> Path:
+    """A model's folder, which may do without weights, or GGUF file, downloaded if necessary.
+
+    Other arguments and errors are those of `load`.
+    """
     name = str(name)
     path = (
         DEMO_FOLDER if name == "demo" else _find_packaged(*PACKAGED[name]) if name in PACKAGED else Path(name)
@@ -154,7 +157,8 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
             f"safetensors, a {SUFFIX} file, 'org/name' on the Hugging Face Hub, 'demo' or 'smollm2'"
         )
     repository, file = hub[1], hub[2]
-    wanted = list(HUB_FILES) if file is None else [PART.sub(rf"\1-*-of-\3{SUFFIX}", file)]
+    of_folder = HUB_FILES if with_weights else SIDE_FILES
+    wanted = list(of_folder) if file is None else [PART.sub(rf"\1-*-of-\3{SUFFIX}", file)]
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the Hub client raises many unrelated kinds: no network, no access, …

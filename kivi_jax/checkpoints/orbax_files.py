@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -60,9 +61,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The operating system's message, which is at the end of what Orbax and TensorStore say."""
-    found = re.search(r"(?:.*:)?\s*([^:]+) \[os_error_code", str(error))
-    return found[1] if found else " ".join(str(error).split())[:200]
+    """The operating system's message, whose number is in the pages that Orbax and TensorStore say."""
+    found = re.search(r"\[os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1])) if found else " ".join(str(error).split())[:200]
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -6,10 +6,12 @@ import typer
 
 import kivi_jax
 from kivi_jax.cli.batch import batch
+from kivi_jax.cli.chat import chat
 from kivi_jax.cli.convert import convert
 from kivi_jax.cli.errors import one_line_errors
 from kivi_jax.cli.evaluate import evaluate
 from kivi_jax.cli.generate import generate
+from kivi_jax.cli.info import info
 from kivi_jax.compilation_cache import keep_compiled_programs
 
 __all__ = ["app", "one_line_errors"]
@@ -35,6 +37,8 @@ def main(
 
 
 app.command()(generate)
+app.command()(chat)
+app.command()(info)
 app.command()(batch)
 app.command()(convert)
 app.command("eval")(evaluate)

@@ -189,17 +189,13 @@ def _measure_text(
 def _measure_needles(
     params: kivi_jax.Params, cases: list[Case], configs: dict[str, KVConfig], each: int
 ) -> dict[str, Any]:
-    results: dict[str, dict[int, dict[float, int]]] = {}
-    with tqdm(
-        total=len(cases) * len(configs), desc="searching", leave=False, disable=progress_disabled()
-    ) as progress:
-        for name, config in configs.items():
-            found: dict[int, dict[float, int]] = {}
-            for case, hit in find_needles(params, cases, config):
+    results: dict[str, dict[int, dict[float, int]]] = {name: {} for name in configs}
+    with tqdm(total=len(cases), desc="searching", leave=False, disable=progress_disabled()) as progress:
+        for case, hits in find_needles(params, cases, list(configs.values())):
+            for found, hit in zip(results.values(), hits, strict=True):
                 at = found.setdefault(case.length, {})
                 at[case.depth] = at.get(case.depth, 0) + hit
-                progress.update()
-            results[name] = found
+            progress.update()
     print(f"{len(cases)} needles\n")
     print(needle_table(results, each), end="\n\n")
     return {"each": each, "found": results}

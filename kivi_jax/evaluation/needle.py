@@ -4,11 +4,18 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
-from kivi_jax.generation import generate
+from kivi_jax.batching import PromptBatch
+from kivi_jax.completions import Completion, make_reader
+from kivi_jax.decoding import begin_decoding
 from kivi_jax.kv.config import KVConfig
+from kivi_jax.loop import continue_to_end
 from kivi_jax.model import Params
+from kivi_jax.request import GenerationSettings
+from kivi_jax.rows import make_rows
+from kivi_jax.steps import init_state, prefill_each
 from kivi_jax.text import Prompt, encode, load_tokenizer
 
 CITIES = ("Aarhus", "Bergen", "Cusco", "Dakar", "Essen", "Fukuoka", "Galway", "Hobart", "Izmir", "Jaipur")
@@ -88,10 +95,10 @@ def _make_case(
 
 
 def find_needles(
-    params: Params, cases: Sequence[Case], kv: str | KVConfig, tokens_at_once: int = 16384
-) -> Iterator[tuple[Case, bool]]:
-    """Whether the number is in the answer to each case, by greedy decoding. The prompt attends itself exactly, and so
-    predicts the answer's first token; the others are read from the cache.
+    params: Params, cases: Sequence[Case], kvs: Sequence[KVConfig], tokens_at_once: int = 16384
+) -> Iterator[tuple[Case, list[bool]]]:
+    """Whether the number is in the answer to each case from each of `kvs`, by greedy decoding. The prompt attends
+    itself exactly, and so is prefilled once and predicts the answer's first token; the others are read from the cache.
 
     Raises:
         ValueError: the model's activations overflow.
@@ -101,8 +108,30 @@ def find_needles(
         rows = max(tokens_at_once // length, 1)
         for start in range(0, len(alike), rows):
             part = alike[start : start + rows]
-            completions = generate(params, [case.prompt for case in part], kv, max_new_tokens=MAX_NEW_TOKENS)
-            for case, completion in zip(part, completions, strict=True):
-                if completion.finish_reason == "error":
-                    raise ValueError(f"a prompt of {length} tokens: {completion.error}")
-                yield case, case.number in (completion.text or "")
+            answers = answer_each(params, [case.prompt for case in part], kvs)
+            for case, of_case in zip(part, zip(*answers, strict=True), strict=True):
+                for answer in of_case:
+                    if answer.finish_reason == "error":
+                        raise ValueError(f"a prompt of {length} tokens: {answer.error}")
+                yield case, [case.number in (answer.text or "") for answer in of_case]
+
+
+def answer_each(params: Params, prompts: Sequence[Prompt], kvs: Sequence[KVConfig]) -> list[list[Completion]]:
+    """Greedy completions of all prompts from each of `kvs`, which are those of `generate`."""
+    settings = GenerationSettings(MAX_NEW_TOKENS)
+    ids = encode(params, prompts)
+    batch = PromptBatch.pad(ids, MAX_NEW_TOKENS, devices=params.data_devices)
+    rows = make_rows(settings, params.end_tokens, batch.places, batch.samples, len(prompts))
+    rows = dataclasses.replace(rows, sampling=None)
+    states = tuple(init_state(params, len(batch.tokens), batch.capacity, kv) for kv in kvs)
+    logits, states = prefill_each(params, jnp.asarray(batch.tokens), jnp.asarray(batch.lengths), states)
+    answers = []
+    for state in states:
+        readers = [
+            make_reader(params, prompt, tokens, settings, (), params.end_tokens)
+            for prompt, tokens in zip(prompts, ids, strict=True)
+        ]
+        decoding = begin_decoding(params, logits, state, None, rows, max_new_tokens=MAX_NEW_TOKENS)
+        *_, completions = continue_to_end(params, batch, readers, decoding, MAX_NEW_TOKENS)
+        answers.append(completions)
+    return answers

@@ -37,7 +37,7 @@ def one_head_at_a_time(monkeypatch):
 )
 def test_shapes(query_heads, heads, head_dim, request):
     """A capacity of three blocks and a part of a fourth."""
-    if head_dim == 256 or query_heads == 64:  # the others have as many heads at a time as a TPU is given
+    if (query_heads, heads) not in [(32, 8), (71, 1)]:  # those have as many heads at a time as a TPU is given
         request.getfixturevalue("one_head_at_a_time")
     check(KIVI2, query_heads, heads, head_dim, [*edges(128, 512, 1700), 1200], capacity=1700)
 

@@ -1,0 +1,173 @@
+"""A conversation on one live KV state, which each turn extends."""
+
+import dataclasses
+import functools
+from collections.abc import Generator
+from typing import Unpack
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from kivi_jax.arguments import read_size
+from kivi_jax.batching import bucket
+from kivi_jax.completions import Completion, make_reader
+from kivi_jax.decoding import Decoding, begin_decoding, continue_decoding, seen_tokens
+from kivi_jax.generation import STREAM_TOKENS
+from kivi_jax.kv.config import KVConfig, resolve_kv
+from kivi_jax.kv.state import KVState, kv_bytes
+from kivi_jax.model import Params, jit_of_params
+from kivi_jax.request import GenerationOptions, GenerationSettings, make_settings
+from kivi_jax.rows import make_rows
+from kivi_jax.steps import extend, init_state
+from kivi_jax.text import encode, read_stops
+
+CAPACITY = 8192
+LEAST_ADDED = 64  # tokens that a turn is padded to, so that most turns run the same program
+
+
+class Chat:
+    """Answers message after message. What was said stays in the KV state, and a turn costs only what is new in it.
+
+    A turn attends earlier ones as the cache stores them, and its own message exactly.
+
+    Args:
+        params: a model whose tokenizer has a chat template.
+        kv: storage of the KV state, as for `generate`.
+        settings: how to answer; None for the defaults. `n` is not for chats.
+        system: a system message before all others.
+        capacity: tokens of the whole conversation; by default the model's positions, but at most 8192.
+        chat_template: the name of one, where the checkpoint has several.
+        **options: fields of `GenerationSettings`, which change those of `settings`.
+
+    Attributes:
+        messages: the conversation so far.
+
+    Raises:
+        TypeError, ValueError: as `generate`, or `capacity` is more than the model's positions.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        kv: str | KVConfig = "kivi2",
+        settings: GenerationSettings | None = None,
+        *,
+        system: str | None = None,
+        capacity: int | None = None,
+        chat_template: str | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> None:
+        self.params = params
+        self.kv = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
+        self.settings = make_settings(settings, None, **options)
+        if self.settings.n is not None:
+            raise ValueError("a chat has one answer to each message; leave n out")
+        positions = params.config.max_positions
+        self.capacity = read_size("capacity", min(positions, CAPACITY) if capacity is None else capacity)
+        if self.capacity > positions:
+            raise ValueError(f"capacity {self.capacity} exceeds the model's {positions} positions")
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self._chat_template = chat_template
+        self._stops, self._end_tokens = read_stops(params, self.settings)
+        self._turns = 0
+        self._state: KVState | None = None
+        self._held: list[int] = []  # the tokens in the state
+        self._encode([*self.messages, {"role": "user", "content": "?"}])  # so that what is wrong is said now
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the state holds."""
+        return len(self._held)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the state, for all of its capacity; 0 before the first message."""
+        return 0 if self._state is None else kv_bytes(self._state)
+
+    def ask(self, message: str) -> Generator[Completion, None, None]:
+        """Answers, and yields the answer as it grows. One that is not read to its end stays as it is then.
+
+        Raises:
+            ValueError: the conversation, with an answer of `max_new_tokens`, has no room in `capacity`. It is then as
+                it was before.
+        """
+        said = [*self.messages, {"role": "user", "content": message}]
+        ids = self._encode(said)
+        room = self.capacity - len(ids)
+        if room < self.settings.max_new_tokens:
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens, and an answer of {self.settings.max_new_tokens} exceeds its "
+                f"capacity of {self.capacity}; begin another, or give it more capacity or lower max_new_tokens"
+            )
+        self.messages = said
+        return self._answer(ids)
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        (ids,) = encode(self.params, [messages], self._chat_template)
+        return ids
+
+    def _answer(self, ids: list[int]) -> Generator[Completion, None, None]:
+        said, completion = self.messages, Completion("", [], None)
+        reader = make_reader(self.params, said, ids, self.settings, self._stops, self._end_tokens)
+        decoding = self._begin(ids)
+        try:
+            while True:
+                count = int(decoding.counts[0])
+                tokens = np.asarray(decoding.tokens)[0, :count].tolist()
+                logprobs = None
+                if decoding.logprobs is not None:
+                    logprobs = np.asarray(decoding.logprobs)[0, :count].tolist()
+                completion = reader.read(tokens, logprobs)
+                yield completion
+                if completion.finish_reason is not None:
+                    break
+                decoding = continue_decoding(self.params, decoding, jnp.int32(STREAM_TOKENS))
+        finally:
+            if (
+                not decoding.tokens.is_deleted()
+            ):  # as it is where Ctrl-C comes between two pieces of an answer
+                self._state = decoding.state
+                # The newest token is not in the state yet.
+                self._held = ids + np.asarray(decoding.tokens)[0, : int(decoding.counts[0]) - 1].tolist()
+            self.messages = [*said, {"role": "assistant", "content": completion.text or ""}]
+            self._turns += 1
+
+    def _begin(self, ids: list[int]) -> Decoding:
+        """The first token after `ids`, of which the state may hold the first ones."""
+        held = len(self._held)
+        if self._state is None or self._held != ids[:held] or held == len(ids):
+            # Templates may change what they said of earlier turns, and an answer may be cut into other tokens.
+            self._state, held = init_state(self.params, 1, self.capacity, self.kv), 0
+        added = ids[held:]
+        tokens = np.zeros((1, min(bucket(len(added), least=LEAST_ADDED), self.capacity)), np.int32)
+        tokens[0, : len(added)] = added
+        state, self._state = self._state, None  # it is donated
+        logits, state = _extend(self.params, jnp.asarray(tokens), jnp.asarray([len(added)]), state)
+        penalized = self.settings.repetition_penalty != 1
+        seen = None
+        if penalized:
+            whole = np.zeros((1, self.capacity), np.int32)
+            whole[0, : len(ids)] = ids
+            seen = seen_tokens(self.params, jnp.asarray(whole), jnp.asarray([len(ids)]))
+        one, turn = np.zeros(1, np.int32), np.full(1, self._turns, np.int32)
+        rows = make_rows(self.settings, self._end_tokens, one, turn, 1)
+        if self.settings.temperature == 0 and not penalized:
+            rows = dataclasses.replace(rows, sampling=None)
+        return begin_decoding(
+            self.params,
+            logits,
+            state,
+            seen,
+            rows,
+            max_new_tokens=bucket(self.settings.max_new_tokens, least=16),
+            logprobs=self.settings.logprobs,
+        )
+
+
+@functools.partial(jit_of_params, donate_argnames="state")
+def _extend(
+    params: Params, tokens: Int[Array, "1 T"], lengths: Int[Array, " 1"], state: KVState
+) -> tuple[Float[Array, "1 vocab"], KVState]:
+    return extend(params, tokens, lengths, state)
