@@ -60,14 +60,17 @@ def _room_for_programs():
         jax.clear_caches()
 
 
-@pytest.fixture
-def optimized():
+def _optimized():
     """For tests of what the compiler makes of a program. JAX would take one that it has, however that was compiled."""
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
+
+
+optimized = pytest.fixture(_optimized)
+all_optimized = pytest.fixture(_optimized, scope="module")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from kivi_jax.compilation_cache import keep_compiled_programs
 
 __all__ = ["app", "one_line_errors"]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def print_version(wanted: bool) -> bool:

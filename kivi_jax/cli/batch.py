@@ -106,7 +106,10 @@ def batch(
     dtype: DType = "bfloat16",
     revision: Revision = None,
 ) -> None:
-    """Completes a file of requests. Stopped or killed at any moment, the same command goes on where it was."""
+    """Completes a file of requests. Stopped or killed at any moment, the same command goes on where it was.
+
+    Example: kivi-jax batch requests.jsonl results.jsonl --model org/name --kv kivi2
+    """
     settings = given(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -20,7 +20,10 @@ def convert(
     ] = "bfloat16",
     revision: Revision = None,
 ) -> None:
-    """Writes a model in a form that loads straight onto several devices: kivi_jax.load(OUT, mesh=...)."""
+    """Writes a model in a form that loads straight onto several devices: kivi_jax.load(OUT, mesh=...).
+
+    Example: kivi-jax convert org/name model
+    """
     with one_line_errors():
         kivi_jax.convert(model, out, dtype, revision=revision)
     print(f"wrote {out}")

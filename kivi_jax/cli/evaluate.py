@@ -70,7 +70,10 @@ def evaluate(
     max_positions: MaxPositions = None,
     revision: Revision = None,
 ) -> None:
-    """Measures what caches cost a model: on texts, on needles in them, and on tasks, each read from the cache."""
+    """Measures what caches cost a model: on texts, on needles in them, and on tasks, each read from the cache.
+
+    Example: kivi-jax eval book.txt --model org/name --kv bf16,kivi4,kivi2 --needle 4096
+    """
     with one_line_errors():
         if not texts and not task:
             raise ValueError("name files of text, or tasks")

@@ -69,7 +69,10 @@ def generate(
     dtype: DType = "bfloat16",
     revision: Revision = None,
 ) -> None:
-    """Completes prompts. One prompt streams its text as it comes; of several, each is printed when all are done."""
+    """Completes prompts. One prompt streams its text as it comes; of several, each is printed when all are done.
+
+    Example: kivi-jax generate --model org/name --chat --prompt "What is a cache?" --temperature 0.7
+    """
     if system is not None and not chat:
         fail("--system needs --chat")
     if chat_template is not None and not chat:

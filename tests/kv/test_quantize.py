@@ -9,7 +9,7 @@ from tests.further import further
 from tools.oracle.numpy_kivi import fake_quantize
 
 # Divisions are among what the compiler optimizes.
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.usefixtures("all_optimized")
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 
