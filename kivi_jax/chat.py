@@ -87,7 +87,8 @@ class Chat:
         return 0 if self._state is None else kv_bytes(self._state)
 
     def ask(self, message: str) -> Generator[Completion, None, None]:
-        """Answers, and yields the answer as it grows. One that is not read to its end stays as it is then.
+        """Answers, and yields the answer as it grows. One that is not read to its end stays as it is then, and one that
+        nobody reads was not asked for.
 
         Raises:
             ValueError: the conversation, with an answer of `max_new_tokens`, has no room in `capacity`. It is then as
@@ -101,15 +102,14 @@ class Chat:
                 f"the conversation has {len(ids)} tokens, and an answer of {self.settings.max_new_tokens} exceeds its "
                 f"capacity of {self.capacity}; begin another, or give it more capacity or lower max_new_tokens"
             )
-        self.messages = said
-        return self._answer(ids)
+        return self._answer(said, ids)
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         (ids,) = encode(self.params, [messages], self._chat_template)
         return ids
 
-    def _answer(self, ids: list[int]) -> Generator[Completion, None, None]:
-        said, completion = self.messages, Completion("", [], None)
+    def _answer(self, said: list[dict[str, str]], ids: list[int]) -> Generator[Completion, None, None]:
+        completion = Completion("", [], None)
         reader = make_reader(self.params, said, ids, self.settings, self._stops, self._end_tokens)
         decoding = self._begin(ids)
         try:
@@ -125,9 +125,8 @@ class Chat:
                     break
                 decoding = continue_decoding(self.params, decoding, jnp.int32(STREAM_TOKENS))
         finally:
-            if (
-                not decoding.tokens.is_deleted()
-            ):  # as it is where Ctrl-C comes between two pieces of an answer
+            # It is deleted where Ctrl-C comes between two pieces of an answer.
+            if not decoding.tokens.is_deleted():
                 self._state = decoding.state
                 # The newest token is not in the state yet.
                 self._held = ids + np.asarray(decoding.tokens)[0, : int(decoding.counts[0]) - 1].tolist()

@@ -79,6 +79,13 @@ def test_an_answer_that_is_cut_off(chatty):
     assert answers(chat, ["w8"]) == [kivi_jax.generate(chatty, conversation, "bf16", max_new_tokens=40)]
 
 
+def test_an_answer_that_nobody_reads(chatty):
+    chat = Chat(chatty, "bf16", max_new_tokens=9)
+    chat.ask("w6").close()
+    assert chat.messages == []
+    assert answers(chat, MESSAGES[:1]) == answers(Chat(chatty, "bf16", max_new_tokens=9), MESSAGES[:1])
+
+
 def test_messages_that_do_not_fit(chatty):
     chat = Chat(chatty, capacity=64, max_new_tokens=40)
     with pytest.raises(ValueError, match="an answer of 40 exceeds its capacity of 64"):
