@@ -105,11 +105,13 @@ def find_needles(
     """
     for length, group in itertools.groupby(cases, key=lambda case: case.length):
         alike = list(group)
-        rows = max(tokens_at_once // length, 1)
+        rows = min(max(tokens_at_once // length, 1), len(alike))
         for start in range(0, len(alike), rows):
             part = alike[start : start + rows]
-            answers = answer_each(params, [case.prompt for case in part], kvs)
-            for case, of_case in zip(part, zip(*answers, strict=True), strict=True):
+            # The last ones are filled up, so that no other shape is compiled.
+            prompts = [case.prompt for case in part] + [part[0].prompt] * (rows - len(part))
+            answers = answer_each(params, prompts, kvs)
+            for case, of_case in zip(part, zip(*answers, strict=True), strict=False):
                 for answer in of_case:
                     if answer.finish_reason == "error":
                         raise ValueError(f"a prompt of {length} tokens: {answer.error}")

@@ -55,7 +55,7 @@ def test_answers_with_the_number_are_found(demo, monkeypatch):
 
     monkeypatch.setattr(needle, "answer_each", answer_each)
     found = list(find_needles(demo, cases, [PRESETS["bf16"], PRESETS["kivi2"]], tokens_at_once=450))
-    assert asked == [3, 1, 2, 2]
+    assert asked == [3, 3, 2, 2]
     assert [case for case, _ in found] == cases
     assert [hits for _, hits in found] == [[True, False]] * len(cases)
 
