@@ -2,10 +2,12 @@
 
     python -m benchmarks.scoring --model smollm2
 
-Prints the seconds of both without compilation, how far their log-probabilities are apart, and the temporaries of the
-compiled pass at two lengths.
+Prints the seconds of both without compilation; how far their log-probabilities are apart, and, to judge that, how far
+those of decoding move when each weight does by about its rounding; and the temporaries of the compiled pass at two
+lengths.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -26,6 +28,8 @@ from tools.teacher_forcing import teacher_forced_logits
 
 PROMPT = 64
 RUNS = 3
+SEEDS = 3
+MOVED = 1e-7  # relative; float32 rounds by up to 6e-8
 
 
 def main(
@@ -49,7 +53,10 @@ def main(
     (fast, in_parallel), (slow, one_by_one) = _timed(scored, RUNS), _timed(decoded, 1)
     print(f"{len(ids) - PROMPT} tokens after {PROMPT}, {kv}, {dtype}")
     print(f"one pass {fast:.2f} s, token by token {slow:.2f} s: {slow / fast:.1f} times as fast")
-    print(f"log-probabilities differ by at most {np.abs(np.subtract(in_parallel, one_by_one)).max():.1e}")
+    print(f"log-probabilities differ by {_difference(in_parallel, one_by_one)}")
+    for seed in range(SEEDS):
+        moved = np.asarray(_decoded(_moved(params, seed), text, kv))
+        print(f"decoding with weights moved by {MOVED:.0e}: by {_difference(moved, one_by_one)}")
     config = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
     for length in (4096, 8192):
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -58,6 +65,22 @@ def main(
         print(
             f"temporaries at {length} tokens: {compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB"
         )
+
+
+def _difference(logprobs: list[float] | np.ndarray, others: np.ndarray) -> str:
+    apart = np.abs(np.subtract(logprobs, others))
+    means = -np.mean(logprobs), -np.mean(others)
+    return f"at most {apart.max():.1e}, {apart.mean():.1e} on average; losses {means[0]:.4f}, {means[1]:.4f}"
+
+
+def _moved(params: kivi_jax.Params, seed: int) -> kivi_jax.Params:
+    rng = np.random.default_rng(seed)
+
+    def move(weight: jax.Array) -> jax.Array:
+        noise = rng.standard_normal(weight.shape, np.float32)
+        return (np.asarray(weight, np.float32) * (1 + MOVED * noise)).astype(weight.dtype)
+
+    return dataclasses.replace(params, weights=jax.tree.map(move, params.weights))
 
 
 @functools.partial(jax.jit, static_argnames="kv")
