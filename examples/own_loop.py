@@ -7,12 +7,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from transformers import AutoTokenizer
 
 import kivi_jax
+from kivi_jax.text import load_tokenizer
 
 params = kivi_jax.load(sys.argv[1] if len(sys.argv) > 1 else "demo")
-tokenizer = AutoTokenizer.from_pretrained(params.tokenizer)
+tokenizer = load_tokenizer(params.tokenizer)
 ids = tokenizer.encode("def read_file(path):")
 
 state = kivi_jax.init_state(params, batch=1, capacity=256, kv="kivi2")

@@ -1,4 +1,4 @@
-"""Weights and KV heads split over two devices, batches over two others.
+"""Four devices: weights and KV heads are split in two, and so are batches.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/sharded.py [MODEL]  # on a CPU
 """

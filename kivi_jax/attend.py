@@ -28,17 +28,8 @@ def attend_prompts(
     rows: Int[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "N T Hq D"], Layer]:
     """Prompts of `lengths` tokens attend themselves, and are stored in `rows` of `layer`, or the first ones."""
-    out = prefill_attention(q, k, v, layer.sliding_window, heads)
-    before, layer = layer, layer.store_prompt(finite(k), finite(v), lengths, rows)
-    # The model goes on once all is stored: XLA would else keep every layer's keys and values until the end.
-    stored = jnp.ones_like(lengths, bool)
-    for old, array in zip(jax.tree.leaves(before), jax.tree.leaves(layer), strict=True):
-        if array is not old:  # what a short prompt leaves as it is may hold anything
-            first = array[:, 0, 0, 0]
-            stored = once_computed(
-                stored, first[: lengths.size] if rows is None else first[jnp.maximum(rows, 0)]
-            )
-    return jnp.where(stored[:, None, None, None], out, jnp.nan), layer
+    out, (layer,) = attend_prompts_for_each(q, k, v, (layer,), heads, lengths, rows)
+    return out, layer
 
 
 def attend_prompts_for_each(
@@ -51,9 +42,18 @@ def attend_prompts_for_each(
     rows: Int[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "N T Hq D"], tuple[Layer, ...]]:
     """`attend_prompts`, stored in one layer of each of several caches."""
-    out, first = attend_prompts(q, k, v, layers[0], heads, lengths, rows)
+    out = prefill_attention(q, k, v, layers[0].sliding_window, heads)
     k, v = finite(k), finite(v)
-    return out, (first, *(layer.store_prompt(k, v, lengths, rows) for layer in layers[1:]))
+    before, layers = layers, tuple(layer.store_prompt(k, v, lengths, rows) for layer in layers)
+    # The model goes on once all is stored: XLA would else keep every layer's keys and values until the end.
+    stored = jnp.ones_like(lengths, bool)
+    for old, array in zip(jax.tree.leaves(before), jax.tree.leaves(layers), strict=True):
+        if array is not old:  # what a short prompt leaves as it is may hold anything
+            first = array[:, 0, 0, 0]
+            stored = once_computed(
+                stored, first[: lengths.size] if rows is None else first[jnp.maximum(rows, 0)]
+            )
+    return jnp.where(stored[:, None, None, None], out, jnp.nan), layers
 
 
 def attend_chunk(

@@ -20,7 +20,7 @@ from kivi_jax.kv.state import KVState, kv_bytes
 from kivi_jax.model import Params, jit_of_params
 from kivi_jax.request import GenerationOptions, GenerationSettings, make_settings
 from kivi_jax.rows import make_rows
-from kivi_jax.steps import extend, init_state
+from kivi_jax.steps import extend, init_state, prefill
 from kivi_jax.text import encode, read_stops
 
 CAPACITY = 8192
@@ -30,7 +30,9 @@ LEAST_ADDED = 64  # tokens that a turn is padded to, so that most turns run the 
 class Chat:
     """Answers message after message. What was said stays in the KV state, and a turn costs only what is new in it.
 
-    A turn attends earlier ones as the cache stores them, and its own message exactly.
+    A turn attends earlier ones as the cache stores them, and its own message exactly. The whole conversation is read
+    again where the state holds other tokens than it: after a stop string or an error, and with chat templates that
+    change earlier turns, by trimming them or leaving out their thoughts.
 
     Args:
         params: a model whose tokenizer has a chat template.
@@ -45,7 +47,8 @@ class Chat:
         messages: the conversation so far.
 
     Raises:
-        TypeError, ValueError: as `generate`, or `capacity` is more than the model's positions.
+        TypeError, ValueError: as `generate`; or `capacity` is more than the model's positions, or has no room for an
+            answer.
     """
 
     def __init__(
@@ -74,7 +77,8 @@ class Chat:
         self._turns = 0
         self._state: KVState | None = None
         self._held: list[int] = []  # the tokens in the state
-        self._encode([*self.messages, {"role": "user", "content": "?"}])  # so that what is wrong is said now
+        self._answering: Generator[Completion, None, None] | None = None
+        self._encode("?")  # so that what is wrong is said now
 
     @property
     def tokens(self) -> int:
@@ -87,63 +91,65 @@ class Chat:
         return 0 if self._state is None else kv_bytes(self._state)
 
     def ask(self, message: str) -> Generator[Completion, None, None]:
-        """Answers, and yields the answer as it grows. One that is not read to its end stays as it is then, and one that
-        nobody reads was not asked for.
+        """Answers, and yields the answer as it grows. One that is not read to its end stays as it is when the next
+        message comes, and one that nobody reads was not asked for.
 
         Raises:
             ValueError: the conversation, with an answer of `max_new_tokens`, has no room in `capacity`. It is then as
                 it was before.
         """
+        if self._answering is not None:
+            self._answering.close()
+        self._answering = self._answer(*self._encode(message))
+        return self._answering
+
+    def _encode(self, message: str) -> tuple[list[dict[str, str]], list[int]]:
+        """The conversation with one more message, and its tokens."""
         said = [*self.messages, {"role": "user", "content": message}]
-        ids = self._encode(said)
-        room = self.capacity - len(ids)
-        if room < self.settings.max_new_tokens:
+        (ids,) = encode(self.params, [said], self._chat_template)
+        if self.capacity - len(ids) < self.settings.max_new_tokens:
             raise ValueError(
                 f"the conversation has {len(ids)} tokens, and an answer of {self.settings.max_new_tokens} exceeds its "
                 f"capacity of {self.capacity}; begin another, or give it more capacity or lower max_new_tokens"
             )
-        return self._answer(said, ids)
-
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        (ids,) = encode(self.params, [messages], self._chat_template)
-        return ids
+        return said, ids
 
     def _answer(self, said: list[dict[str, str]], ids: list[int]) -> Generator[Completion, None, None]:
-        completion = Completion("", [], None)
         reader = make_reader(self.params, said, ids, self.settings, self._stops, self._end_tokens)
         decoding = self._begin(ids)
+        completion = None
         try:
-            while True:
-                count = int(decoding.counts[0])
-                tokens = np.asarray(decoding.tokens)[0, :count].tolist()
-                logprobs = None
-                if decoding.logprobs is not None:
-                    logprobs = np.asarray(decoding.logprobs)[0, :count].tolist()
+            while completion is None or completion.finish_reason is None:
+                if completion is not None:
+                    decoding = continue_decoding(self.params, decoding, jnp.int32(STREAM_TOKENS))
+                tokens, logprobs = _generated(decoding)
                 completion = reader.read(tokens, logprobs)
                 yield completion
-                if completion.finish_reason is not None:
-                    break
-                decoding = continue_decoding(self.params, decoding, jnp.int32(STREAM_TOKENS))
         finally:
-            # It is deleted where Ctrl-C comes between two pieces of an answer.
-            if not decoding.tokens.is_deleted():
-                self._state = decoding.state
-                # The newest token is not in the state yet.
-                self._held = ids + np.asarray(decoding.tokens)[0, : int(decoding.counts[0]) - 1].tolist()
-            self.messages = [*said, {"role": "assistant", "content": completion.text or ""}]
-            self._turns += 1
+            if completion is not None:
+                self.messages = [*said, {"role": "assistant", "content": completion.text or ""}]
+                self._turns += 1
+                # Rows whose activations overflowed lack tokens, and where Ctrl-C came between two pieces of an answer,
+                # the state was given away.
+                if completion.finish_reason != "error" and not decoding.tokens.is_deleted():
+                    # The newest token is not in the state yet.
+                    held = ids + _generated(decoding)[0][:-1]
+                    self._state, self._held = decoding.state, held
 
     def _begin(self, ids: list[int]) -> Decoding:
         """The first token after `ids`, of which the state may hold the first ones."""
-        held = len(self._held)
-        if self._state is None or self._held != ids[:held] or held == len(ids):
-            # Templates may change what they said of earlier turns, and an answer may be cut into other tokens.
-            self._state, held = init_state(self.params, 1, self.capacity, self.kv), 0
-        added = ids[held:]
+        # An answer's text may also be cut into other tokens than those it came in.
+        goes_on = self._state is not None and self._held == ids[: len(self._held)] != ids
+        added = ids[len(self._held) :] if goes_on else ids
         tokens = np.zeros((1, min(bucket(len(added), least=LEAST_ADDED), self.capacity)), np.int32)
         tokens[0, : len(added)] = added
-        state, self._state = self._state, None  # it is donated
-        logits, state = _extend(self.params, jnp.asarray(tokens), jnp.asarray([len(added)]), state)
+        state = self._state if goes_on else None
+        self._state, self._held = None, []  # it is donated, or let go before there is another
+        if state is None:
+            state, append = init_state(self.params, 1, self.capacity, self.kv), _prefill
+        else:
+            append = _extend
+        logits, state = append(self.params, jnp.asarray(tokens), jnp.asarray([len(added)]), state)
         penalized = self.settings.repetition_penalty != 1
         seen = None
         if penalized:
@@ -163,6 +169,20 @@ class Chat:
             max_new_tokens=bucket(self.settings.max_new_tokens, least=16),
             logprobs=self.settings.logprobs,
         )
+
+
+def _generated(decoding: Decoding) -> tuple[list[int], list[float] | None]:
+    """The tokens so far, and their log-probabilities if these are wanted."""
+    count = int(decoding.counts[0])
+    tokens = np.asarray(decoding.tokens)[0, :count].tolist()
+    return tokens, None if decoding.logprobs is None else np.asarray(decoding.logprobs)[0, :count].tolist()
+
+
+@functools.partial(jit_of_params, donate_argnames="state")
+def _prefill(
+    params: Params, tokens: Int[Array, "1 T"], lengths: Int[Array, " 1"], state: KVState
+) -> tuple[Float[Array, "1 vocab"], KVState]:
+    return prefill(params, tokens, lengths, state)
 
 
 @functools.partial(jit_of_params, donate_argnames="state")

@@ -1,7 +1,9 @@
 """Draws what caches cost a model over the bits that they take, from results of `kivi-jax eval --json` (extra `plots`).
 
-kivi-jax eval tools/alice.txt --model smollm2 --dtype float32 --kv bf16,kivi4,kivi2 --json smollm2.json
-python -m scripts.quality_picture smollm2.json quality.png
+    kivi-jax eval tools/alice.txt --model smollm2 --dtype float32 --json smollm2.json
+    python -m scripts.quality_picture smollm2.json quality.png
+
+Several files, of several models, share a picture.
 """
 
 import json
@@ -11,8 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kivi_jax.cli import one_line_errors
-
-OUT_OF = ("bf16",)  # what the others are compared with, at a divergence of 0
+from kivi_jax.evaluation.text_quality import BASELINE
 
 
 def main(
@@ -52,12 +53,13 @@ def read_points(file: Path) -> tuple[str, list[tuple[str, float, float]]]:
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         caches = report["text"]["kv"].items()
         points = [(name, found["bits"], found["positions"][0]["divergence"]) for name, found in caches]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        model = Path(report["model"]).name.removesuffix(".gguf")
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError):
         raise ValueError(f"{file} is no file of kivi-jax eval TEXT --json") from None
-    points = [point for point in points if point[0] not in OUT_OF]
+    points = [point for point in points if point[0] != BASELINE]  # whose divergence is 0
     if not points:
         raise ValueError(f"{file} has no quantized cache")
-    return Path(report["model"]).stem, points
+    return model, points
 
 
 if __name__ == "__main__":

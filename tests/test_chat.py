@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 import kivi_jax
 from kivi_jax import Chat, KVConfig
+from kivi_jax.decoding import continue_decoding
+from kivi_jax.text import load_tokenizer
 
 MESSAGES = ("w5 w6 w7", "w8", "w9 w10 w11 w12")
 
@@ -16,15 +18,14 @@ def answers(chat, messages=MESSAGES):
     return [list(chat.ask(message))[-1] for message in messages]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"repetition_penalty": 1.3, "stop": "w3"}])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3, "stop": "w3"}])
 def test_each_turn_is_what_generate_gives_the_whole_conversation(chatty, options):
     """From an unquantized cache, where it makes no difference that a turn extends the state."""
     chat = Chat(chatty, "bf16", system="w4", max_new_tokens=9, **options)
     for turn, message in enumerate(MESSAGES):
         conversation = [*chat.messages, {"role": "user", "content": message}]
         (answer,) = answers(chat, [message])
-        if "temperature" not in options:
-            assert answer == kivi_jax.generate(chatty, conversation, "bf16", max_new_tokens=9, **options)
+        assert answer == kivi_jax.generate(chatty, conversation, "bf16", max_new_tokens=9, **options)
         assert chat.messages == [*conversation, {"role": "assistant", "content": answer.text}]
         assert len(chat.messages) == 2 * turn + 3
 
@@ -43,20 +44,33 @@ def test_answers_that_end_by_themselves(chatty):
 
 def test_samples_of_equal_turns_differ_and_repeat(chatty):
     settings = {"temperature": 1.0, "max_new_tokens": 9}
-    first, again = (answers(Chat(chatty, "bf16", **settings, seed=3)) for _ in range(2))
-    assert first == again
-    assert first != answers(Chat(chatty, "bf16", **settings, seed=4))
+    chat = Chat(chatty, "bf16", **settings)
+    (first,) = answers(chat, ["w5"])
+    assert first == kivi_jax.generate(chatty, chat.messages[:1], "bf16", **settings)
+    chat.messages = []  # the next turn is of the same tokens
+    assert answers(chat, ["w5"]) != [first]
+    assert answers(Chat(chatty, "bf16", **settings), ["w5"]) == [first]
+    assert answers(Chat(chatty, "bf16", **settings, seed=4), ["w5"]) != [first]
 
 
-def test_a_turn_runs_only_what_is_new(chatty, monkeypatch):
-    ran = []
-    extend = kivi_jax.chat._extend
+@pytest.fixture
+def ran(monkeypatch):
+    """For each turn, how many tokens it ran, and how many the state held before."""
+    turns = []
 
-    def count(params, tokens, lengths, state):
-        ran.append((int(lengths[0]), int(state.lengths[0])))
-        return extend(params, tokens, lengths, state)
+    def count(function):
+        def counting(params, tokens, lengths, state):
+            turns.append((int(lengths[0]), int(state.lengths[0])))
+            return function(params, tokens, lengths, state)
 
-    monkeypatch.setattr(kivi_jax.chat, "_extend", count)
+        return counting
+
+    for name in ("_prefill", "_extend"):
+        monkeypatch.setattr(kivi_jax.chat, name, count(getattr(kivi_jax.chat, name)))
+    return turns
+
+
+def test_a_turn_runs_only_what_is_new(chatty, ran):
     chat = Chat(chatty, KVConfig(2, 2, 32, 32), max_new_tokens=40)
     held = 0
     for message in MESSAGES:
@@ -68,22 +82,73 @@ def test_a_turn_runs_only_what_is_new(chatty, monkeypatch):
     assert held > 64  # some of it was quantized
 
 
+def test_templates_that_change_earlier_turns(chatty, ran, monkeypatch):
+    """As those do that leave out thoughts: all is read again, and nothing else changes."""
+    template = load_tokenizer(chatty.tokenizer).chat_template
+    forgetful = template.replace(
+        "{{ message.content }}", "{{ message.content if message.role == 'user' else 'w9' }}"
+    )
+    monkeypatch.setattr(load_tokenizer(chatty.tokenizer), "chat_template", forgetful)
+    chat = Chat(chatty, "bf16", max_new_tokens=9)
+    answers(chat, MESSAGES[:1])
+    conversation = [*chat.messages, {"role": "user", "content": "w8"}]
+    assert answers(chat, ["w8"]) == [kivi_jax.generate(chatty, conversation, "bf16", max_new_tokens=9)]
+    assert [before for _, before in ran] == [0, 0]
+
+
 def test_an_answer_that_is_cut_off(chatty):
-    chat, whole = (Chat(chatty, "bf16", max_new_tokens=40) for _ in range(2))
+    """By the next message, if by nothing else."""
+    chat = Chat(chatty, "bf16", max_new_tokens=40)
     answer = chat.ask(MESSAGES[0])
     first = next(answer)
-    answer.close()
-    assert chat.messages[-1] == {"role": "assistant", "content": first.text}
-    answers(whole, MESSAGES[:1])
-    conversation = [*chat.messages, {"role": "user", "content": "w8"}]
+    conversation = [
+        {"role": "user", "content": MESSAGES[0]},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "w8"},
+    ]
     assert answers(chat, ["w8"]) == [kivi_jax.generate(chatty, conversation, "bf16", max_new_tokens=40)]
+    assert next(answer, None) is None
+    assert chat.messages[:3] == conversation
 
 
 def test_an_answer_that_nobody_reads(chatty):
     chat = Chat(chatty, "bf16", max_new_tokens=9)
-    chat.ask("w6").close()
-    assert chat.messages == []
+    unread = chat.ask("w6")
     assert answers(chat, MESSAGES[:1]) == answers(Chat(chatty, "bf16", max_new_tokens=9), MESSAGES[:1])
+    assert list(unread) == []
+    assert [message["content"] for message in chat.messages[::2]] == [MESSAGES[0]]
+
+
+def test_ctrl_c_in_the_middle_of_a_piece(chatty, ran, monkeypatch):
+    """The state was given away then: the next turn reads all that was said again."""
+    chat = Chat(chatty, "bf16", max_new_tokens=40)
+    answer = chat.ask(MESSAGES[0])
+    first = next(answer)
+
+    def interrupted(params, decoding, steps):
+        continue_decoding(params, decoding, steps)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kivi_jax.chat, "continue_decoding", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(answer)
+    assert chat.messages[-1] == {"role": "assistant", "content": first.text}
+    assert chat.tokens == chat.kv_bytes == 0
+    conversation = [*chat.messages, {"role": "user", "content": "w8"}]
+    assert answers(chat, ["w8"]) == [kivi_jax.generate(chatty, conversation, "bf16", max_new_tokens=40)]
+
+
+def test_activations_that_overflow(chatty):
+    """What a row lacks then is read again."""
+    broken = dataclasses.replace(chatty, weights=jax.tree.map(lambda w: w * jnp.nan, chatty.weights))
+    chat = Chat(broken, "bf16", max_new_tokens=9)
+    (answer,) = answers(chat, ["w5"])
+    assert answer.finish_reason == "error"
+    assert chat.tokens == 0
+    chat.params = chatty
+    conversation = [*chat.messages, {"role": "user", "content": "w8"}]
+    assert answers(chat, ["w8"]) == [kivi_jax.generate(chatty, conversation, "bf16", max_new_tokens=9)]
 
 
 def test_messages_that_do_not_fit(chatty):
@@ -102,6 +167,7 @@ def test_messages_that_do_not_fit(chatty):
     [
         ({"kv": "kivi3"}, "kv must be one of"),
         ({"capacity": 10**6}, "exceeds the model's"),
+        ({"capacity": 64}, "an answer of 128 exceeds its capacity of 64"),
         ({"settings": kivi_jax.GenerationSettings(n=2, temperature=1)}, "leave n out"),
         ({"chat_template": "tools"}, "chat_template must be one of"),
     ],
@@ -122,4 +188,3 @@ def test_states_are_updated_in_place(chatty):
     before = jax.tree.leaves(chat._state)
     answers(chat, ["w6"])
     assert all(array.is_deleted() for array in before)
-    assert np.isfinite(chat.kv_bytes)

@@ -1,5 +1,6 @@
 """`kivi-jax chat`."""
 
+import contextlib
 import time
 from typing import Annotated
 
@@ -23,14 +24,14 @@ from kivi_jax.cli.options import (
     TopP,
     given,
 )
-from kivi_jax.kv import PRESETS
-from kivi_jax.kv.config import find_kv
+from kivi_jax.kv.config import find_kv, resolve_kv
 
+NOTHING_SAID = "nothing was said yet"
 HELP = """/kv NAME   go on with another cache, into which the conversation is read again
 /stats     what the cache holds, and how fast the last answer came
 /new       begin another conversation
 /help      this
-/quit      end, as Ctrl-D does; Ctrl-C ends an answer"""
+/quit      end, as Ctrl-D does and Ctrl-C where a message is due; while an answer comes, Ctrl-C ends it"""
 
 
 def chat(
@@ -44,7 +45,7 @@ def chat(
         int | None,
         typer.Option(min=1, help="Tokens of a conversation; by default the model's positions, at most 8192."),
     ] = None,
-    max_new_tokens: MaxNewTokens = 512,
+    max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -81,7 +82,7 @@ def chat(
                 **sampling,
             )
 
-        conversation, stats = begin(kv), "nothing was said yet"
+        conversation, stats = begin(kv), NOTHING_SAID
         print(
             f"{model} with a {kv} cache of {conversation.capacity:,} tokens. /help says what else there is."
         )
@@ -96,18 +97,22 @@ def chat(
             elif command == "/stats":
                 print(stats)
             elif command == "/new":
-                conversation, stats = begin(kv), "nothing was said yet"
+                conversation, stats = begin(kv), NOTHING_SAID
             elif command == "/kv":
-                if argument not in PRESETS:
-                    print(f"the cache is {kv}; there are {', '.join(PRESETS)}")
+                try:
+                    resolve_kv(argument.strip(), params.config.head_dim, params.config.num_layers)
+                except ValueError as error:
+                    print(f"the cache is {kv}; {error}")
                     continue
-                kv, before = argument, conversation
+                kv, messages = argument.strip(), conversation.messages
                 conversation = begin(kv)
-                conversation.messages = before.messages
-            elif command.startswith("/"):
-                print(f"there is no {command}\n{HELP}")
+                conversation.messages = messages
             else:
                 stats = _answer(conversation, line, kv) or stats
+
+
+with contextlib.suppress(ImportError):  # it is not everywhere
+    import readline  # noqa: F401 # lines can be edited and found again once it is imported
 
 
 def _read_line() -> str | None:
@@ -141,8 +146,10 @@ def _answer(conversation: Chat, message: str, kv: str) -> str | None:
     print()
     if error is not None:
         print(error)
+    if tokens == 0:
+        return None
     seconds = max(time.perf_counter() - first, 1e-9)
     return (
         f"{kv}: {conversation.tokens:,} of {conversation.capacity:,} tokens, {conversation.kv_bytes / 2**20:.1f} MiB; "
-        f"the last answer: first token after {first - began:.1f} s, then {max(tokens - 1, 0) / seconds:.1f} tokens/s"
+        f"the last answer: first token after {first - began:.1f} s, then {(tokens - 1) / seconds:.1f} tokens/s"
     )

@@ -1,7 +1,6 @@
 """`kivi-jax info`."""
 
 import functools
-import statistics
 from typing import Annotated
 
 import jax
@@ -14,7 +13,7 @@ from kivi_jax.cli.errors import one_line_errors
 from kivi_jax.cli.options import DType, MaxPositions, Revision
 from kivi_jax.evaluation.report import table
 from kivi_jax.kv import PRESETS
-from kivi_jax.kv.config import KVConfig, resolve_kv
+from kivi_jax.kv.config import KVConfig, find_kv, resolve_kv
 from kivi_jax.kv.state import empty_state, kv_bytes
 from kivi_jax.model import Params
 
@@ -42,6 +41,8 @@ def info(
 ) -> None:
     """Says what a model is and how many rows of its caches fit a memory, before any weight is read.
 
+    Of the Hub only the descriptions are fetched, but for a GGUF file, which has them inside.
+
     Example: kivi-jax info org/name --length 32768 --memory 80
     """
     with one_line_errors():
@@ -50,14 +51,22 @@ def info(
         names = [name for given in kv or DEFAULT_KVS for name in given.split(",")]
         params = describe(find_model(model, revision, with_weights=False), max_positions)
         config = params.config
-        configs = {name: resolve_kv(name, config.head_dim, config.num_layers) for name in names}
+        configs, left_out = {}, []
+        for name in names:
+            find_kv(name)
+            try:
+                configs[name] = resolve_kv(name, config.head_dim, config.num_layers)
+            except ValueError:
+                left_out.append(name)
         tokens = length or config.max_positions
         if tokens > config.max_positions:
             raise ValueError(f"--length {tokens} exceeds the model's {config.max_positions} positions")
         print(_describe(model, params, dtype))
-        weights = weight_bytes(params, dtype)
+        weights = _weight_bytes(params, dtype)
         print(f"\nRows of {tokens:,} tokens, beside {weights / GIB:.2f} GiB of weights in {memory:g} GiB:\n")
         print(_cache_table(params, configs, tokens, dtype, memory * GIB - weights))
+        if left_out:
+            print(f"\nGroups of 32 don't divide its channels, as these would need: {', '.join(left_out)}.")
         print(
             "\nWhat programs need beside both depends on the batch; the engine measures it before it starts."
         )
@@ -82,13 +91,13 @@ def _describe(name: str, params: Params, dtype: str) -> str:
     return "\n".join(lines)
 
 
-def weight_bytes(params: Params, dtype: str) -> int:
+def _weight_bytes(params: Params, dtype: str) -> int:
     """Bytes of the weights that `params` has none of yet."""
     weights = abstract_weights(params.model_type, params.config, jnp.dtype(dtype), None)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in weights.values())
 
 
-def row_bytes(params: Params, kv: KVConfig, tokens: int, dtype: str) -> int:
+def _row_bytes(params: Params, kv: KVConfig, tokens: int, dtype: str) -> int:
     """Bytes of the KV state of one row of so many tokens."""
     model = params.config
     empty = functools.partial(
@@ -106,21 +115,10 @@ def row_bytes(params: Params, kv: KVConfig, tokens: int, dtype: str) -> int:
 
 
 def _cache_table(params: Params, configs: dict[str, KVConfig], tokens: int, dtype: str, free: float) -> str:
+    exact = _row_bytes(params, PRESETS["bf16"], tokens, dtype)
     rows = []
-    exact = row_bytes(
-        params, resolve_kv("bf16", params.config.head_dim, params.config.num_layers), tokens, dtype
-    )
     for name, config in configs.items():
-        row = row_bytes(params, config, tokens, dtype)
-        bits = statistics.mean(layer.bits_per_value() for layer in config.of_layers(params.config.num_layers))
-        rows.append(
-            (
-                name,
-                f"{bits:.2f}",
-                f"{row / tokens:,.0f}",
-                f"{row / MIB:,.1f}",
-                f"{row / exact:.3f}",
-                f"{max(int(free // row), 0):,}",
-            )
-        )
-    return table(("kv", "bits per value", "bytes a token", "MiB a row", "of bf16's", "rows that fit"), rows)
+        row = _row_bytes(params, config, tokens, dtype)
+        fitting = max(int(free // row), 0)
+        rows.append((name, f"{row / tokens:,.0f}", f"{row / MIB:,.1f}", f"{row / exact:.3f}", f"{fitting:,}"))
+    return table(("kv", "bytes a token", "MiB a row", "of bf16's", "rows that fit"), rows)

@@ -29,7 +29,7 @@ def test_rows_are_as_large_as_states(name):
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in output.splitlines() if "|" in line}
     for kv in ("bf16", "kivi2", "kivi2-edges"):
         row = kivi_jax.kv_bytes(kivi_jax.init_state(params, 1, 200, kv))
-        _, a_token, mib, _, fitting = rows[kv]
+        a_token, mib, _, fitting = rows[kv]
         assert float(a_token.replace(",", "")) == pytest.approx(row / 200, abs=0.5)
         assert float(mib) == pytest.approx(row / 2**20, abs=0.05)
         assert int(fitting.replace(",", "")) == (2**30 - weights) // row
@@ -58,6 +58,15 @@ def test_of_the_hub_only_what_describes_a_model_is_fetched(tmp_path, monkeypatch
     assert run("org/name")[0] == 0
     assert "*.json" in asked
     assert not any("safetensors" in pattern for pattern in asked)
+
+
+def test_caches_that_do_not_fit_its_channels(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"head_dim": 80}))
+    code, output = run(tmp_path)
+    assert code == 0, output
+    assert "| bf16 |" in output
+    assert "| kivi2 |" not in output
+    assert "as these would need: kivi4, kivi-k4v2, kivi2." in output
 
 
 @pytest.mark.parametrize(
