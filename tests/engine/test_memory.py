@@ -10,12 +10,12 @@ from kivi_jax.engine.slots import Programs, Shape
 from kivi_jax.kv import kv_bytes
 from kivi_jax.kv.config import resolve_kv
 from kivi_jax.models.llama import LlamaConfig
-from tests.further import further
 from tools.offline.abstract_models import abstract_decoding, abstract_params, loop_arguments
 
 MIB = 2**20
 
 
+@pytest.mark.compiled
 def test_slots_are_as_many_as_fit_and_the_sum_is_printed(tiny, monkeypatch, capsys):
     monkeypatch.setattr(memory, "_free_on", lambda device: 32 * MIB)
     monkeypatch.setattr(memory, "MOST_SLOTS", {})
@@ -48,8 +48,9 @@ def test_free_memory_of_this_device_is_known():
     assert 2**28 < memory._free_on(jax.devices()[0]) < 2**50
 
 
+@pytest.mark.compiled
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("kv", ["kivi2", further("bf16")])
+@pytest.mark.parametrize("kv", ["kivi2", "bf16"])
 def test_programs_update_the_state_in_place(kv):
     """Windows need as little beside it as the loop of `generate`, and prefills a row and their activations."""
     config = LlamaConfig(
