@@ -96,7 +96,7 @@ def lettered(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chatty_folder(tmp_path_factory):
-    """`lettered`, as a model that is talked with."""
+    """A model whose tokens are the words w0, w1, … of a text, and which is talked with."""
     folder = write_checkpoint(tmp_path_factory.mktemp("chatty"))
     vocabulary = {f"w{token}": token for token in range(TINY["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))

