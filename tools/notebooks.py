@@ -20,6 +20,7 @@ def sources() -> list[Path]:
 def notebook_of(source: Path) -> str:
     """The notebook, as its file's text."""
     notebook = jupytext.read(source)
+    notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # instead of random ones, which would differ each time
     return f"{nbformat.writes(notebook, version=4)}\n"

@@ -35,7 +35,7 @@ def map_prompts(
     chat_template: str | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Dataset:
-    """Completes the prompts of a dataset on actors of Ray, each with an engine. Like other transformations, lazily.
+    """Completes the prompts of a dataset on actors of Ray, each with an engine. Like other transformations, lazily::
 
         import ray
         from kivi_jax.ray_data import map_prompts
@@ -43,7 +43,7 @@ def map_prompts(
         prompts = ray.data.read_parquet("gs://bucket/prompts")
         map_prompts(prompts, "org/name", tpus=4, mesh="4x1", concurrency=8).write_parquet("gs://bucket/results")
 
-    A job that was stopped goes on where it was if, before that, Ray Data is told to remember which rows are written:
+    A job that was stopped goes on where it was if, before that, Ray Data is told to remember which rows are written::
 
         from ray.data.checkpoint import CheckpointConfig
 
