@@ -17,7 +17,6 @@ version = release = importlib.metadata.version(project)
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -36,8 +35,6 @@ html_theme_options = {
     "path_to_docs": "docs",
     "use_repository_button": True,
     "use_issues_button": True,
-    "use_edit_page_button": True,
-    "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     "show_toc_level": 2,
     "show_navbar_depth": 1,
     # The search is in the sidebar.
@@ -64,9 +61,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 maximum_signature_line_length = 88
-intersphinx_mapping = (
-    {} if os.environ.get("DOCS_OFFLINE") else {"jax": ("https://docs.jax.dev/en/latest/", None)}
-)
+
 
 # GitHub shows the pages, too, so links name files. The site shows titles, and the repository for files outside docs/.
 TO_PAGE = re.compile(r"\[(?:docs/)?([\w-]+\.md)\]\((docs/)?\1(#[\w-]+)?\)")

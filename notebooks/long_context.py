@@ -21,9 +21,9 @@
 
 # %% tags=["skip-execution"]
 # Colab: installs kivi-jax from its repository, with JAX for the device of this runtime.
-# !git clone --quiet --depth 1 https://github.com/kivi-jax/kivi-jax
-# %cd kivi-jax
-# !bash notebooks/install.sh
+# !git clone --quiet --depth 1 https://github.com/kivi-jax/kivi-jax ~/kivi-jax
+# %cd -q ~/kivi-jax/notebooks
+# !bash install.sh
 
 # %%
 import os
@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 import kivi_jax
 from kivi_jax.kv import PRESETS
 from kivi_jax.kv.state import empty_state
+from kivi_jax.text import load_tokenizer
 
 KVS = ("bf16", "kivi4", "kivi-k4v2", "kivi2")
 
@@ -88,45 +89,39 @@ plt.show()
 # ## A needle far back
 #
 # A real model, and a text with a number near its beginning, long before the window of exact tokens. SmolLM2 has 135 M
-# parameters and loses such numbers more often the fewer bits store them;
-# [the evaluation](https://github.com/kivi-jax/kivi-jax/blob/main/docs/evaluation.md) counts that over many texts.
+# parameters and loses such numbers more often the fewer bits its keys have;
+# [the evaluation](https://github.com/kivi-jax/kivi-jax/blob/main/docs/evaluation.md) counts that.
 
 # %%
 MODEL = os.environ.get("NOTEBOOK_MODEL", "smollm2")
 params = kivi_jax.load(MODEL)
-can_chat = MODEL != "demo"  # the little model completes code, and was never asked a question
-filler = "".join(f"def value_{i}():\n    return {i}\n\n\n" for i in range(100))
+filler = "".join(f"def value_{i}():\n    return {i}\n\n\n" for i in range(90))
+if load_tokenizer(params.tokenizer).chat_template:
+    text = f"The secret number of Bergen is 52861.\n\n{filler}"
+    question = "What is the secret number of Bergen? Answer with the number only."
+    prompt = [{"role": "user", "content": f"{text}\n\n{question}"}]
+else:  # such as the little model "demo", which learned to repeat pass keys
+    text = f"{filler[:300]}\nThe pass key is 52861. Remember it.\n{filler[300:1500]}"
+    prompt = f"{text}\nWhat is the pass key? The pass key is"
 
-
-def prompt_of(fillers):
-    if not can_chat:
-        head, tail = filler[:300], filler[: 600 * fillers]
-        return f"{head}\nThe pass key is 52861. Remember it.\n{tail}\nWhat is the pass key? The pass key is"
-    text = f"The secret number of Bergen is 52861.\n\n{filler[: 1500 * fillers]}"
-    return [
-        {
-            "role": "user",
-            "content": f"{text}\n\nWhat is the secret number of Bergen? Answer with the number only.",
-        }
-    ]
-
-
-PROMPT = prompt_of(2)
 found = {}
 for kv in KVS:
-    completion = kivi_jax.generate(params, PROMPT, kv=kv, max_new_tokens=16)
+    completion = kivi_jax.generate(params, prompt, kv=kv, max_new_tokens=16)
     found[kv] = "52861" in completion.text
     print(f"{kv:10} {'found' if found[kv] else 'lost':6} {completion.text!r}")
 
 # %% [markdown]
 # ## In pieces
 #
-# `prefill_chunk` runs a long prompt a piece at a time. Later pieces attend earlier ones as the cache stores them, and
-# the memory of activations is that of one piece.
+# `prefill_chunk` runs a long prompt a piece at a time, in the memory that the activations of one piece take. Later
+# pieces attend earlier ones as the cache stores them.
 
 # %%
-in_pieces = kivi_jax.generate(params, PROMPT, kv="kivi4", max_new_tokens=16, prefill_chunk=256)
-print(repr(in_pieces.text))
+in_pieces = {
+    kv: kivi_jax.generate(params, prompt, kv=kv, max_new_tokens=16, prefill_chunk=256).text
+    for kv in ("bf16", "kivi4")
+}
+print(in_pieces)
 
 # %%
 # What this notebook showed.
@@ -134,6 +129,5 @@ assert rows["bf16"][-1] / rows["kivi2"][-1] > 5, (
     "2 bits with scales and zeros are 3 of 16, and the window is short"
 )
 assert fitting[131072]["kivi2"] >= 5 * fitting[131072]["bf16"] > 0
-assert found["bf16"]
-assert found["kivi4"]
-assert "52861" in in_pieces.text
+assert found["bf16"], "exactly stored, the number is found"
+assert "52861" in in_pieces["bf16"], "in pieces, too"

@@ -16,14 +16,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/kivi-jax/kivi-jax/blob/main/notebooks/under_the_hood.ipynb)
 #
-# A decode loop of one's own, the packed words of one block read by hand, and the TPU's kernel interpreted and compared
-# with NumPy.
+# A decode loop of one's own, the packed words of one block read by hand, and the TPU's kernel compared with NumPy.
 
 # %% tags=["skip-execution"]
 # Colab: installs kivi-jax from its repository, with JAX for the device of this runtime.
-# !git clone --quiet --depth 1 https://github.com/kivi-jax/kivi-jax
-# %cd kivi-jax
-# !bash notebooks/install.sh
+# !git clone --quiet --depth 1 https://github.com/kivi-jax/kivi-jax ~/kivi-jax
+# %cd -q ~/kivi-jax/notebooks
+# !bash install.sh
 
 # %%
 import os
@@ -40,7 +39,9 @@ from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 from kivi_jax.text import load_tokenizer
 
 MODEL = os.environ.get("NOTEBOOK_MODEL", "smollm2")
-params = kivi_jax.load(MODEL, dtype="float32")
+params = kivi_jax.load(
+    MODEL, dtype="float32"
+)  # which TPUs and GPUs decode in XLA, and say so; kernels take 16 bits
 tokenizer = load_tokenizer(params.tokenizer)
 
 # %% [markdown]
@@ -112,8 +113,8 @@ plt.show()
 # %% [markdown]
 # ## The kernel against NumPy
 #
-# Pallas interprets the TPU's kernel on any device, slowly. Here it attends 300 random tokens of two heads, of which 256
-# are packed and 44 in the ring, and NumPy attends what the packed words decode to.
+# On a TPU its kernel runs compiled, elsewhere Pallas interprets it, slowly. Here it attends 300 random tokens of two
+# heads, and NumPy attends what the packed words decode to.
 
 # %%
 D, H, T = 128, 2, 300
@@ -125,7 +126,8 @@ stored = QuantizedLayer.empty(1, H, 512, D, jnp.bfloat16, PRESETS["kivi2"]).stor
 kernel = decode_attention(q, new_k, new_v, stored, lengths, implementation="pallas_tpu")
 
 # %% [markdown]
-# Keys are read from the packed blocks up to the last whole one; values until 128 tokens before the newest.
+# Keys are read from the packed blocks up to the last whole one, here 256 of 300; values until 128 tokens before the
+# newest, here 172.
 
 # %%
 L = T - T % 128

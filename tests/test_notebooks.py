@@ -38,7 +38,7 @@ def test_what_colab_needs(name):
     assert f"({opened}/notebooks/{name}.ipynb)" in cells[0].source
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert code[0].metadata.tags == ["skip-execution"]
-    assert f"git clone --quiet --depth 1 {repository}\n" in code[0].source
+    assert f"\n!git clone --quiet --depth 1 {repository} ~/kivi-jax\n" in code[0].source
     assert not any("tags" in cell.metadata for cell in code[1:])
     assert code[-1].source.startswith("# What this notebook showed.\n")
     assert "assert " in code[-1].source

