@@ -1,15 +1,22 @@
 """Group quantization and packing against plain NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kivi_jax.kv import dequantize_keys, dequantize_values, quantize_keys, quantize_values
+from kivi_jax import kv
 from tests.further import further
 from tools.oracle.numpy_kivi import fake_quantize
 
 # Divisions are among what the compiler optimizes.
 pytestmark = pytest.mark.usefixtures("all_optimized")
+
+# Compiled whole, as the library does, and not operation by operation.
+quantize_keys, quantize_values, dequantize_keys, dequantize_values = (
+    jax.jit(function, static_argnums=(1, 2))
+    for function in (kv.quantize_keys, kv.quantize_values, kv.dequantize_keys, kv.dequantize_values)
+)
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 
