@@ -25,7 +25,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kivi
 MOST_CACHED = 2**31  # bytes, beyond which a run begins with an empty cache
 jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # tests prepare with many small operations
 
 jaxtyping.install_import_hook("kivi_jax", "beartype.beartype")
 
