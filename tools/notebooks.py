@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import typer
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -26,6 +27,11 @@ def notebook_of(source: Path) -> str:
     return f"{nbformat.writes(notebook, version=4)}\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Writes notebooks/*.ipynb from the .py beside them."""
     for source in sources():
         source.with_suffix(".ipynb").write_text(notebook_of(source))
+
+
+if __name__ == "__main__":
+    typer.run(main)
