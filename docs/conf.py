@@ -50,6 +50,7 @@ nb_execution_mode = os.environ.get("DOCS_NOTEBOOKS", "cache")  # "off" shows the
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds a cell
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress and notices
 
 # Docstrings quote code as Markdown does, in single backticks.
 default_role = "code"

@@ -39,7 +39,9 @@ import matplotlib.pyplot as plt
 
 import kivi_jax
 
-MODEL = os.environ.get("NOTEBOOK_MODEL", "smollm2")
+MODEL = os.environ.get(
+    "NOTEBOOK_MODEL", "demo"
+)  # the little model that comes along, so that all of this is quick
 ON_CPU = jax.default_backend() == "cpu"
 params = kivi_jax.load(MODEL, dtype="float32" if ON_CPU else "bfloat16")
 

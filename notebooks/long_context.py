@@ -27,15 +27,19 @@
 
 # %%
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
 import kivi_jax
+from kivi_jax.evaluation.needle import find_needles, make_cases
 from kivi_jax.kv import PRESETS
 from kivi_jax.kv.state import empty_state
-from kivi_jax.text import load_tokenizer
+
+sys.path.append("..")  # where this notebook is opened in its own folder of a checkout
+from tools.prose import PROSE
 
 KVS = ("bf16", "kivi4", "kivi-k4v2", "kivi2")
 
@@ -95,20 +99,22 @@ plt.show()
 # %%
 MODEL = os.environ.get("NOTEBOOK_MODEL", "smollm2")
 params = kivi_jax.load(MODEL)
-filler = "".join(f"def value_{i}():\n    return {i}\n\n\n" for i in range(90))
-if load_tokenizer(params.tokenizer).chat_template:
-    text = f"The secret number of Bergen is 52861.\n\n{filler}"
-    question = "What is the secret number of Bergen? Answer with the number only."
-    prompt = [{"role": "user", "content": f"{text}\n\n{question}"}]
-else:  # such as the little model "demo", which learned to repeat pass keys
-    text = f"{filler[:300]}\nThe pass key is 52861. Remember it.\n{filler[300:1500]}"
-    prompt = f"{text}\nWhat is the pass key? The pass key is"
+cases = make_cases(params, PROSE.read_text(), lengths=[1500], depths=[0.25, 0.75], each=1)
+text = cases[0].prompt if isinstance(cases[0].prompt, str) else cases[0].prompt[-1]["content"]
+print(f"{text[:300]} …\n… {text[-300:]}")
 
-found = {}
-for kv in KVS:
-    completion = kivi_jax.generate(params, prompt, kv=kv, max_new_tokens=16)
-    found[kv] = "52861" in completion.text
-    print(f"{kv:10} {'found' if found[kv] else 'lost':6} {completion.text!r}")
+# %% [markdown]
+# The prompt attends itself exactly and is run once for all caches; each then answers from what it stored.
+
+# %%
+caches = ("bf16", "kivi4", "kivi2")
+found = dict.fromkeys(caches, 0)
+for case, answers in find_needles(params, cases, [PRESETS[kv] for kv in caches]):
+    for kv, right in zip(caches, answers, strict=True):
+        found[kv] += right
+        print(
+            f"{case.number} at {case.depth:.0%} of {case.length} tokens, {kv:10} {'found' if right else 'lost'}"
+        )
 
 # %% [markdown]
 # ## In pieces
@@ -117,11 +123,8 @@ for kv in KVS:
 # pieces attend earlier ones as the cache stores them.
 
 # %%
-in_pieces = {
-    kv: kivi_jax.generate(params, prompt, kv=kv, max_new_tokens=16, prefill_chunk=256).text
-    for kv in ("bf16", "kivi4")
-}
-print(in_pieces)
+in_pieces = kivi_jax.generate(params, cases[0].prompt, kv="kivi4", max_new_tokens=16, prefill_chunk=256)
+print(cases[0].number, repr(in_pieces.text))
 
 # %%
 # What this notebook showed.
@@ -129,5 +132,6 @@ assert rows["bf16"][-1] / rows["kivi2"][-1] > 5, (
     "2 bits with scales and zeros are 3 of 16, and the window is short"
 )
 assert fitting[131072]["kivi2"] >= 5 * fitting[131072]["bf16"] > 0
-assert found["bf16"], "exactly stored, the number is found"
-assert "52861" in in_pieces["bf16"], "in pieces, too"
+if MODEL != "demo":  # which never learned to be asked this
+    assert found["bf16"] == len(cases), "stored exactly, the numbers are found"
+assert in_pieces.finish_reason in ("stop", "length")
