@@ -85,6 +85,7 @@ figure, panels = plt.subplots(1, 2, figsize=(9, 3.5))
 for axes, (length, counts) in zip(panels, fitting.items(), strict=True):
     axes.bar(list(counts), list(counts.values()), color="tab:blue")
     axes.bar_label(axes.containers[0])
+    axes.margins(y=0.1)
     axes.set(title=f"rows of {length:,} tokens in 80 GiB", ylabel="rows")
 figure.tight_layout()
 plt.show()

@@ -28,6 +28,7 @@
 import os
 
 import jax
+from IPython.display import Markdown, display
 
 import kivi_jax
 
@@ -80,10 +81,9 @@ for kv in ("bf16", "kivi-k4v2", "kivi2"):
 # ## Text as it grows
 
 # %%
-printed = 0
+shown = display(Markdown(""), display_id=True)
 for (streamed,) in kivi_jax.stream(params, question, kv="kivi2", max_new_tokens=64):
-    print(streamed.text[printed:], end="", flush=True)
-    printed = len(streamed.text)
+    shown.update(Markdown(streamed.text))
 
 # %% [markdown]
 # ## Samples
