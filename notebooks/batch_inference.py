@@ -39,9 +39,8 @@ import matplotlib.pyplot as plt
 
 import kivi_jax
 
-MODEL = os.environ.get(
-    "NOTEBOOK_MODEL", "demo"
-)  # the little model that comes along, so that all of this is quick
+# The little model that comes along, so that all of this is quick.
+MODEL = os.environ.get("NOTEBOOK_MODEL", "demo")
 ON_CPU = jax.default_backend() == "cpu"
 params = kivi_jax.load(MODEL, dtype="float32" if ON_CPU else "bfloat16")
 
@@ -102,18 +101,7 @@ lines = [{"id": f"request-{number}", "prompt": prompt} for number, prompt in enu
 def start(output):
     """Runs `kivi-jax batch requests.jsonl OUTPUT …`, on the CPU, since the notebook's own process has the device."""
     paths = [str(folder / "requests.jsonl"), str(folder / output)]
-    options = [
-        "--model",
-        MODEL,
-        "--dtype",
-        "float32",
-        "--kv",
-        "kivi2",
-        "--slots",
-        "8",
-        "--max-new-tokens",
-        "24",
-    ]
+    options = f"--model {MODEL} --dtype float32 --kv kivi2 --slots 8 --max-new-tokens 24".split()
     command = [sys.executable, "-m", "kivi_jax.cli", "batch", *paths, *options]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(

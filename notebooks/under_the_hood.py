@@ -39,9 +39,8 @@ from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 from kivi_jax.text import load_tokenizer
 
 MODEL = os.environ.get("NOTEBOOK_MODEL", "smollm2")
-params = kivi_jax.load(
-    MODEL, dtype="float32"
-)  # which TPUs and GPUs decode in XLA, and say so; kernels take 16 bits
+# TPUs and GPUs decode float32 in XLA, and say so; their kernels take 16 bits.
+params = kivi_jax.load(MODEL, dtype="float32")
 tokenizer = load_tokenizer(params.tokenizer)
 
 # %% [markdown]
@@ -82,9 +81,8 @@ print(f"{state.lengths[0]} tokens, {kivi_jax.kv_bytes(state):,} bytes; exactly {
 # %%
 layer = state.layers[0]
 _, heads, _, head_dim = layer.window_k.shape
-words = np.asarray(layer.k_codes[0, 0]).reshape(-1, head_dim)[
-    : 128 // 16
-]  # the first block of the first head
+# The first block of the first head.
+words = np.asarray(layer.k_codes[0, 0]).reshape(-1, head_dim)[: 128 // 16]
 print("words", words.shape, words.dtype, "of", 128, "tokens; the first:", f"{np.uint32(words[0, 0]):032b}")
 
 fields = (words[:, None, :] >> (2 * np.arange(16))[:, None]) & 3  # [8, 16, D]
