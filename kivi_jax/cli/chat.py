@@ -24,6 +24,7 @@ from kivi_jax.cli.options import (
     TopP,
     given,
 )
+from kivi_jax.kv import PRESETS
 from kivi_jax.kv.config import find_kv, resolve_kv
 
 NOTHING_SAID = "nothing was said yet"
@@ -98,6 +99,8 @@ def chat(
                 print(stats)
             elif command == "/new":
                 conversation, stats = begin(kv), NOTHING_SAID
+            elif command == "/kv" and not argument.strip():
+                print(f"the cache is {kv}, of {', '.join(PRESETS)}")
             elif command == "/kv":
                 try:
                     resolve_kv(argument.strip(), params.config.head_dim, params.config.num_layers)
