@@ -20,12 +20,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 jax.config.update("jax_disable_most_optimizations", True)
 # Modules and workers, the next run and other checkouts share what is compiled in these processes. Those that tests
 # start don't: what they measure of a compilation would be gone.
-# Without a bound on its size, for which JAX would look at every file whenever it adds one.
+# All of them, since tests prepare with many small operations. Without a bound on the cache's size, for which JAX would
+# look at every file whenever it adds one.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kivi-jax" / "tests"
 MOST_CACHED = 2**31  # bytes, beyond which a run begins with an empty cache
 jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # tests prepare with many small operations
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 jaxtyping.install_import_hook("kivi_jax", "beartype.beartype")
 
