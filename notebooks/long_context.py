@@ -93,8 +93,8 @@ plt.show()
 # %% [markdown]
 # ## A needle far back
 #
-# A real model, and a text with a number near its beginning, long before the window of exact tokens. SmolLM2 has 135 M
-# parameters and loses such numbers more often the fewer bits its keys have;
+# A real model, and a text with a number long before the window of exact tokens. SmolLM2 has 135 M parameters and loses
+# such numbers more often the fewer bits its keys have;
 # [the evaluation](https://github.com/kivi-jax/kivi-jax/blob/main/docs/evaluation.md) counts that.
 
 # %%
