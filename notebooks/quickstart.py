@@ -43,20 +43,8 @@ print(jax.devices())
 # ## One answer
 #
 # A prompt is a text, token ids, or a conversation, which goes through the checkpoint's own chat template. `kv` says how
-# keys and values are stored: `"bf16"` exactly, `"kivi2"` in 2 bits but for the last 128 tokens. This conversation is
-# shorter than that, so that either gives the same.
-
-# %%
-question = [{"role": "user", "content": "Why is the sky blue? Answer in two sentences."}]
-answer = kivi_jax.generate(params, question, kv="kivi2", max_new_tokens=64)
-print(answer.text)
-
-# %% [markdown]
-# ## Several caches side by side
-#
-# The prompt is longer than the window of exact tokens here, so that its first part is read from codes. Fewer bits move
-# the answer of so small a model; what they cost in figures is in the notebook on keys and values, and in
-# [the evaluation](https://github.com/kivi-jax/kivi-jax/blob/main/docs/evaluation.md).
+# keys and values are stored: `"bf16"` exactly, `"kivi2"` in 2 bits but for the last 128 tokens. This prompt is longer
+# than that, so that the answer is read from 2-bit codes.
 
 # %%
 story = (
@@ -64,25 +52,34 @@ story = (
     "berries below the hedge. One day it met a hare that had hurt its foot. The fox carried it home, gave it water "
     "and covered it with leaves. "
 )
-request = [
-    {"role": "user", "content": f"{story * 4}\n\nWho was hurt, and who helped? Answer in one sentence."}
-]
+question = "Who was hurt, and who helped? Answer in one sentence."
+request = [{"role": "user", "content": f"{story * 4}\n\n{question}"}]
+answer = kivi_jax.generate(params, request, kv="kivi2", max_new_tokens=32)
+print(answer.text)
+
+# %% [markdown]
+# ## Several caches side by side
+#
+# Fewer bits move the answer of so small a model; what they cost in figures is in the notebook on keys and values, and
+# in [the evaluation](https://github.com/kivi-jax/kivi-jax/blob/main/docs/evaluation.md).
+
+# %%
 CAPACITY = min(2048, params.config.max_positions)
 
-answers, sizes = {}, {}
+sizes = {}
 for kv in ("bf16", "kivi-k4v2", "kivi2"):
-    answers[kv] = kivi_jax.generate(params, request, kv=kv, max_new_tokens=32)
+    text = kivi_jax.generate(params, request, kv=kv, max_new_tokens=32).text
     # The shapes of a state are known without allocating it.
     state = jax.eval_shape(lambda kv=kv: kivi_jax.init_state(params, batch=1, capacity=CAPACITY, kv=kv))
     sizes[kv] = kivi_jax.kv_bytes(state)
-    print(f"{kv:10} {sizes[kv] / 2**20:6.2f} MiB  {answers[kv].text!r}")
+    print(f"{kv:10} {sizes[kv] / 2**20:6.2f} MiB  {text!r}")
 
 # %% [markdown]
 # ## Text as it grows
 
 # %%
 shown = display(Markdown(""), display_id=True)
-for (streamed,) in kivi_jax.stream(params, question, kv="kivi2", max_new_tokens=64):
+for (streamed,) in kivi_jax.stream(params, request, kv="kivi2", max_new_tokens=32):
     shown.update(Markdown(streamed.text))
 
 # %% [markdown]
@@ -92,7 +89,7 @@ for (streamed,) in kivi_jax.stream(params, question, kv="kivi2", max_new_tokens=
 
 # %%
 samples = kivi_jax.generate(
-    params, question, kv="kivi2", n=3, temperature=0.8, top_p=0.95, seed=7, max_new_tokens=24
+    params, request, kv="kivi2", n=3, temperature=0.8, top_p=0.95, seed=7, max_new_tokens=24
 )
 for sample in samples:
     print("-", sample.text)
