@@ -52,7 +52,7 @@ story = (
     "berries below the hedge. One day it met a hare that had hurt its foot. The fox carried it home, gave it water "
     "and covered it with leaves. "
 )
-question = "Who was hurt, and who helped? Answer in one sentence."
+question = "What had the hare hurt?"
 request = [{"role": "user", "content": f"{story * 4}\n\n{question}"}]
 answer = kivi_jax.generate(params, request, kv="kivi2", max_new_tokens=32)
 print(answer.text)
