@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 DEFINITION = re.compile(r"^\[[^\]]+\]: (\S+)$", re.MULTILINE)
+REPOSITORY = re.compile(r"https://github\.com/[\w-]+/kivi-jax\b")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
@@ -45,6 +47,15 @@ def test_relative_links(name):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target), link
+
+
+def test_one_address_of_the_repository():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [(ROOT / name).read_text() for name in pages()] + [
+        p.read_text() for p in ROOT.glob("notebooks/*.py")
+    ]
+    named = {address for text in texts for address in REPOSITORY.findall(text)}
+    assert named == {project["urls"]["Repository"]}
 
 
 @pytest.mark.exhaustive
