@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from kivi_jax.kv.buffers import scatter
 from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.rings import slot_of
 from kivi_jax.kv.state import KVState
@@ -176,12 +177,12 @@ def take_token(decoding: Decoding, logits: Float[Array, "B vocab"]) -> Decoding:
             lambda: jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],
             lambda: jnp.zeros(token.shape, jnp.float32),
         )
-        logprobs = logprobs.at[place].set(taken, mode="drop")
+        logprobs = scatter(logprobs, place, taken)
     if seen is not None:
-        seen = seen.at[row, jnp.where(active & ~failed, token, seen.shape[1])].set(True, mode="drop")
+        seen = scatter(seen, (row, jnp.where(active & ~failed, token, seen.shape[1])), jnp.array(True))
     return dataclasses.replace(
         decoding,
-        tokens=decoding.tokens.at[place].set(token, mode="drop"),
+        tokens=scatter(decoding.tokens, place, token),
         counts=counts + active,
         last=jnp.where(active, jnp.maximum(token, 0), decoding.last),
         active=active & ~ended,

@@ -1,6 +1,6 @@
 """Layers shared by the model families: linear layers, embeddings, grouped-query attention, gated feed-forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from kivi_jax.models.rope import Angles, rotate
 # The caller of a model decides what attention sees and what is stored; a model never touches the KV state itself.
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
+ROWS_APART = 512  # from so many on, a GPU multiplies rows with one kernel at a time
+
 normal_init = nnx.initializers.normal(0.02)
 
 
@@ -22,7 +24,8 @@ class Linear(nnx.Module):
     """`x · kernelᵀ + bias` in one dtype, summed in float32.
 
     The kernel is `[outputs, inputs]`, as in checkpoints. With this order and float32 sums, XLA's CPU backend multiplies
-    bfloat16 directly; otherwise it keeps float32 copies of all weights beside the decode loop.
+    bfloat16 directly; otherwise it keeps float32 copies of all weights beside the decode loop. A GPU sums in float32
+    whatever it writes, and would write sums that are asked for, to read and round them in another kernel.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
@@ -31,10 +34,13 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(outputs, dtype))
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        y = project(x, self.kernel[...])
+        kernel = self.kernel[...]
         if hasattr(self, "bias"):
-            y = y + self.bias[...].astype(y.dtype)
-        return y.astype(x.dtype)
+            y = project(x, kernel)
+            return (y + self.bias[...].astype(y.dtype)).astype(x.dtype)
+        if x.dtype == jnp.float32:
+            return project(x, kernel)
+        return jax.lax.platform_dependent(x, kernel, cuda=_project_at_once, default=_project_and_round)
 
 
 def project(
@@ -49,10 +55,23 @@ def project(
     return y.reshape(*x.shape[:-1], -1)
 
 
+def _project_and_round(
+    x: Float[Array, "*batch inputs"], kernel: Float[Array, "outputs inputs"]
+) -> Float[Array, "*batch outputs"]:
+    return project(x, kernel).astype(x.dtype)
+
+
+def _project_at_once(
+    x: Float[Array, "*batch inputs"], kernel: Float[Array, "outputs inputs"]
+) -> Float[Array, "*batch outputs"]:
+    y = _product(x.reshape(-1, x.shape[-1]), kernel, x.dtype)
+    return y.reshape(*x.shape[:-1], -1)
+
+
 def _product(
-    rows: Float[Array, "rows inputs"], kernel: Float[Array, "outputs inputs"]
+    rows: Float[Array, "rows inputs"], kernel: Float[Array, "outputs inputs"], dtype: Any = jnp.float32
 ) -> Float[Array, "rows outputs"]:
-    return jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def _product_of_one_row(
@@ -116,13 +135,32 @@ class Attention(nnx.Module):
         """Without `angles` nothing is rotated, and positions are up to `attend`."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
-        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (proj(x).reshape(heads) for proj, x in zip(projections, _apart(x, 3), strict=True))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles, self.query_scale), rotate(k, angles)
         out, layer_kv = attend(q, k, v, layer_kv)
         return self.o_proj(out.reshape(batch, length, -1)), layer_kv
+
+
+def _apart(x: Float[Array, "*batch inputs"], times: int) -> Sequence[Float[Array, "*batch inputs"]]:
+    """`x` for so many products. On a GPU XLA makes one of them, and one array of their kernels in every step: with many
+    rows, that array takes longer to make than it saves.
+    """
+    same = (x,) * times
+    if x.size // x.shape[-1] < ROWS_APART:
+        return same
+    return jax.lax.platform_dependent(*same, cuda=_as_others, default=_as_they_are)
+
+
+def _as_others(*arrays: Array) -> tuple[Array, ...]:
+    return jax.lax.optimization_barrier(arrays)
+
+
+def _as_they_are(*arrays: Array) -> tuple[Array, ...]:
+    return arrays
 
 
 def rms_norm(size: int, epsilon: float, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -19,6 +19,7 @@ from kivi_jax.pallas_kernels.heads import Heads
 from tools.oracle.decode_attention import NMSE, oracle, stored
 
 WRONG = 1e9  # an error that is no number
+MANY = 1024  # KV heads of a row and its copies: programs enough for any GPU, with ten different rows or more
 
 LLAMA2, LLAMA3, LLAMA3_70B, FALCON = (32, 32, 128), (32, 8, 128), (64, 8, 128), (71, 1, 64)
 
@@ -34,6 +35,7 @@ class Case:
         capacity: tokens that a row can hold.
         sliding_window: of the layer.
         alibi: whether scores have position biases.
+        times: how often every row is in the batch; of so many rows, none is divided among programs.
     """
 
     shape: tuple[int, int, int]
@@ -42,6 +44,7 @@ class Case:
     capacity: int = 1100
     sliding_window: int | None = None
     alibi: bool = False
+    times: int = 1
 
     @property
     def name(self) -> str:
@@ -54,6 +57,7 @@ class Case:
             f"sinks {kv.sink_tokens}" if kv.sink_tokens else "",
             f"window {self.sliding_window}" if self.sliding_window else "",
             "ALiBi" if self.alibi else "",
+            f"every row {self.times} times" if self.times > 1 else "",
         ]
         return ", ".join(filter(None, parts))
 
@@ -78,7 +82,7 @@ def first() -> Iterator[Case]:
     for shape in (LLAMA3, LLAMA2, FALCON):
         yield Case(shape, kivi2)
     yield Case(LLAMA3, KVConfig(4, 4))
-    yield Case(LLAMA2, dataclasses.replace(kivi2, residual_length=32))
+    yield Case(LLAMA2, dataclasses.replace(kivi2, residual_length=32), times=MANY // LLAMA2[1])
 
 
 def whole() -> Iterator[Case]:
@@ -100,6 +104,12 @@ def whole() -> Iterator[Case]:
     yield Case(LLAMA3, KVConfig(2, 2, sink_tokens=4))
     for shape in (LLAMA3, FALCON):
         yield Case(shape, kivi2, alibi=True)
+    for shape in (LLAMA3, LLAMA2, FALCON):
+        for kv in (kivi2, kivi4):
+            yield Case(shape, kv, times=MANY // shape[1])
+    yield Case(
+        LLAMA3, KVConfig(2, 4, residual_length=32, sink_tokens=5), sliding_window=300, times=MANY // LLAMA3[1]
+    )
 
 
 def small() -> Iterator[Case]:
@@ -138,11 +148,13 @@ def row_errors(case: Case, kernel: str) -> dict[int, float]:
     rows = len(case.lengths)
     q = jnp.asarray(generator.standard_normal((rows, query_heads, head_dim)), dtype)
     k, v = jnp.asarray(generator.standard_normal((2, rows, kv_heads, head_dim)), dtype)
-    attend = jax.jit(functools.partial(decode_attention, heads=Heads(case.slopes), implementation=kernel))
-    new = (x[:, None] for x in (q, k, v))
-    out = np.asarray(attend(*new, layer, state.lengths)[:, 0], np.float64)
     expected = oracle(q, k, v, state, window, case.slopes)
-    errors = ((out - expected) ** 2).sum((1, 2)) / (expected**2).sum((1, 2))
+    attend = jax.jit(functools.partial(decode_attention, heads=Heads(case.slopes), implementation=kernel))
+    copies = jnp.tile(jnp.arange(rows), case.times)
+    new = (x[copies, None] for x in (q, k, v))
+    out = np.asarray(attend(*new, layer.take_rows(copies), state.lengths[copies])[:, 0], np.float64)
+    out = out.reshape(case.times, *expected.shape)
+    errors = (((out - expected) ** 2).sum((2, 3)) / (expected**2).sum((1, 2))).max(0)
     # Not a number would compare with nothing, and JSON has none.
     errors = np.nan_to_num(errors, nan=WRONG, posinf=WRONG)
     return dict(zip(case.lengths, errors.tolist(), strict=True))

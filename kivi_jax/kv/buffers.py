@@ -1,7 +1,7 @@
 """Reads and writes of the state's arrays, whose first axis is the batch."""
 
 import functools
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,14 @@ def take_tokens(x: Float[Array, "B H S D"], at: Int[Array, "B T"]) -> Float[Arra
     return jnp.take_along_axis(x, jnp.maximum(at, 0)[:, None, :, None], axis=2)
 
 
+def scatter(buffer: Array, place: tuple[Any, ...], update: Array) -> Array:
+    """Writes `update` to `place`, no two of which are the same; those beyond the end are left out.
+
+    Where two could be the same, a GPU writes numbers of 16 bits by comparing and swapping, one by one.
+    """
+    return buffer.at[place].set(update, mode="drop", unique_indices=True)
+
+
 def put_rows(buffers: Buffers, updates: Buffers, rows: Int[Array, " N"] | None = None) -> Buffers:
     """Writes row i of each update to the beginning of row `rows[i]` of its buffer, or of row i; those of negative rows,
     which come last, are left out.
@@ -48,11 +56,12 @@ def put_rows(buffers: Buffers, updates: Buffers, rows: Int[Array, " N"] | None =
 
 
 def _scatter_rows(buffers: Buffers, updates: Buffers, rows: Array) -> Buffers:
-    def scatter(buffer: Array, update: Array) -> Array:
-        place = (jnp.where(rows < 0, buffer.shape[0], rows), *(slice(size) for size in update.shape[1:]))
-        return row_major(buffer.at[place].set(update, mode="drop"))
+    def put(buffer: Array, update: Array) -> Array:
+        there = jnp.where(rows < 0, buffer.shape[0] + jnp.arange(rows.size), rows)
+        place = (there, *(slice(size) for size in update.shape[1:]))
+        return row_major(scatter(buffer, place, update))
 
-    return jax.tree.map(scatter, buffers, updates)
+    return jax.tree.map(put, buffers, updates)
 
 
 def _put_rows_in_turn(buffers: Buffers, updates: Buffers, rows: Array) -> Buffers:
@@ -86,14 +95,14 @@ def write_rows(
 ) -> Array:
     """Writes `update[i]` to row `rows[i]`, `index[i]` times its own length along the token axis.
 
-    Several rows may include some beyond the batch, which are left out.
+    Several rows, no two of which are the same, may include some beyond the batch, which are left out.
     """
     if rows.size == 1:
         return write(buffer, update, rows[0], index[0], axis)
     axis %= buffer.ndim
     blocks = buffer.reshape(*buffer.shape[:axis], -1, *update.shape[axis:])
     place = (rows, *[slice(None)] * (axis - 1), index)
-    return row_major(blocks.at[place].set(update, mode="drop").reshape(buffer.shape))
+    return row_major(scatter(blocks, place, update).reshape(buffer.shape))
 
 
 def row_major(buffer: Array) -> Array:
@@ -137,19 +146,21 @@ def write_block_of_rows(
 def write_blocks(
     buffers: Quantized, blocks: Quantized, axes: tuple[int, ...], slots: Int[Array, "B count"], size: int
 ) -> Quantized:
-    """Writes block i of row b into slot `slots[b, i]` of the `size` that `buffers` have; into none beyond those."""
+    """Writes block i of row b into slot `slots[b, i]` of the `size` that `buffers` have; into none beyond those. No two
+    slots of a row are the same.
+    """
     rows = jnp.arange(slots.shape[0])[:, None]
 
     def split(array: Array, axis: int, count: int) -> Array:
         return array.reshape(*array.shape[:axis], count, -1, *array.shape[axis + 1 :])
 
-    def scatter(buffer: Array, update: Array, axis: int) -> Array:
+    def put(buffer: Array, update: Array, axis: int) -> Array:
         axis %= buffer.ndim
         place = (rows, *[slice(None)] * (axis - 1), slots)
         update = jnp.moveaxis(split(update, axis, slots.shape[1]), axis, 1)
-        return split(buffer, axis, size).at[place].set(update, mode="drop").reshape(buffer.shape)
+        return scatter(split(buffer, axis, size), place, update).reshape(buffer.shape)
 
-    return Quantized(*map(scatter, buffers, blocks, axes))
+    return Quantized(*map(put, buffers, blocks, axes))
 
 
 def read_blocks(packed: Quantized, axes: tuple[int, ...], index: Int[Array, " B"], size: int) -> Quantized:
@@ -194,7 +205,7 @@ def set_ring_tokens(
 
 def _scatter_tokens(buffer: Array, tokens: Array, at: Array, active: Array) -> Array:
     at = jnp.where(active, at, buffer.shape[2])
-    return row_major(buffer.at[jnp.arange(at.size), :, at].set(tokens, mode="drop"))
+    return row_major(scatter(buffer, (jnp.arange(at.size), slice(None), at), tokens))
 
 
 def _select_tokens(buffer: Array, tokens: Array, at: Array, active: Array) -> Array:

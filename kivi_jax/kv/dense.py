@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.kv.buffers import put_rows, set_tokens, take_tokens
+from kivi_jax.kv.buffers import put_rows, scatter, set_tokens, take_tokens
 from kivi_jax.kv.layer import Layer, Region
 from kivi_jax.kv.rings import entries_in, entry_in, slot_of
 
@@ -89,12 +89,9 @@ class DenseLayer(Layer):
         rows, tokens = jnp.arange(lengths.size)[:, None], jnp.arange(k.shape[1])
         # Only the newest of the tokens that would share a slot is written.
         kept = (tokens < counts[:, None]) & (tokens >= counts[:, None] - self.slots)
-        at = jnp.where(kept, slot_of(lengths[:, None] + tokens, self.slots), self.slots)
-        return dataclasses.replace(
-            self,
-            k=self.k.at[rows, :, at].set(k, mode="drop"),
-            v=self.v.at[rows, :, at].set(v, mode="drop"),
-        )
+        at = jnp.where(kept, slot_of(lengths[:, None] + tokens, self.slots), self.slots + tokens)
+        place = (rows, slice(None), at)
+        return dataclasses.replace(self, k=scatter(self.k, place, k), v=scatter(self.v, place, v))
 
     def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "DenseLayer":
         return self

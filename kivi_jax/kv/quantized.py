@@ -252,7 +252,9 @@ class QuantizedLayer(Layer):
             block = jnp.arange(most)
             # Only the newest of the blocks that would share a slot is written.
             due = (block < flushed[:, None]) & (block >= flushed[:, None] - self.blocks)
-            slots = jnp.where(due, slot_of(start[:, None] // residual + block, self.blocks), self.blocks)
+            slots = jnp.where(
+                due, slot_of(start[:, None] // residual + block, self.blocks), self.blocks + block
+            )
             keys = write_blocks(keys, packed_k, KEY_TOKEN_AXES, slots, self.blocks)
             values = write_blocks(values, packed_v, VALUE_TOKEN_AXES, slots, self.blocks)
             last = jnp.maximum(flushed - 1, 0)

@@ -16,7 +16,8 @@ from kivi_jax.kv.dense import DenseLayer
 from kivi_jax.kv.layer import Layer
 from kivi_jax.kv.quantized import QuantizedLayer
 
-FLUSHED_AT_ONCE_ON_GPU = 1024  # tokens of a layer
+# Tokens of a layer: many where most rows are due, and few for the rest, or where only some rows are.
+FLUSHED_AT_ONCE_ON_GPU = (4096, 1024)
 
 
 @functools.partial(
@@ -127,24 +128,36 @@ def _flush_due(
     every: int, layers: dict[int, Layer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
 ) -> dict[int, Layer]:
     # On a GPU a turn of one row is hundreds of kernels that have next to nothing to do.
-    at_once = max(min(FLUSHED_AT_ONCE_ON_GPU // every, due.size), 1)
-    on_gpu = functools.partial(_flush_in_turns, at_once)
-    in_turn = functools.partial(_flush_in_turns, 1)
+    at_once = {max(min(tokens // every, due.size), 1) for tokens in FLUSHED_AT_ONCE_ON_GPU}
+    on_gpu = functools.partial(_flush_in_turns, sorted(at_once, reverse=True))
+    in_turn = functools.partial(_flush_in_turns, [1])
     return jax.lax.platform_dependent(layers, lengths, due, cuda=on_gpu, default=in_turn)
 
 
 def _flush_in_turns(
-    at_once: int, layers: dict[int, Layer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
+    at_once: Sequence[int], layers: dict[int, Layer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
 ) -> dict[int, Layer]:
+    """Flushes the `due` rows, so many at once as `at_once` says first, then those that are left as it says next."""
     batch, count = due.size, jnp.sum(due)
     due_rows = jnp.argsort(~due)
 
-    def flush(i: Array, layers: dict[int, Layer]) -> dict[int, Layer]:
-        places = i * at_once + jnp.arange(at_once)
+    def flush(size: int, begin: Array, i: Array, layers: dict[int, Layer]) -> dict[int, Layer]:
+        places = begin + i * size + jnp.arange(size)
         rows = due_rows[jnp.minimum(places, batch - 1)]
         full = lengths[rows]
-        if at_once > 1:
-            rows = jnp.where(places < count, rows, batch)  # beyond the batch, and left out
-        return {place: layer.flush(rows, full) for place, layer in layers.items()}
+        if size > 1:
+            rows = jnp.where(places < count, rows, batch + places)  # beyond the batch, and left out
+        flushed = {}
+        for place, layer in layers.items():
+            flushed[place] = layer.flush(rows, full)
+            if size > 1:  # one layer after the other, and temporaries of all in one place
+                flushed[place], rows = jax.lax.optimization_barrier((flushed[place], rows))
+        return flushed
 
-    return jax.lax.fori_loop(0, (count + at_once - 1) // at_once, flush, layers)
+    done = jnp.zeros_like(count)
+    for size in at_once:
+        left = count - done
+        turns = left // size if size > at_once[-1] else (left + size - 1) // size
+        layers = jax.lax.fori_loop(0, turns, functools.partial(flush, size, done), layers)
+        done += turns * size
+    return layers

@@ -64,6 +64,7 @@ def decode_attention(
         sinks=config.sink_tokens,
         sliding_window=layer.sliding_window,
         alibi=heads.alibi_slopes is not None,
+        batch=batch,
     )
     work, of_rows = list_work(lengths, plan)
     inputs = {
@@ -77,6 +78,8 @@ def decode_attention(
     }
     if heads.alibi_slopes is not None:
         inputs["slopes"] = jax.lax.reduce_precision(jnp.asarray(heads.alibi_slopes, jnp.float32), 8, 7)
+    if plan.whole_rows:
+        return _attend_rows(plan, inputs, interpret)[:, None]
     items = work["rows"].size
     places = (items, kv_heads, plan.row_blocks * plan.rows)
     results = {
@@ -85,9 +88,9 @@ def decode_attention(
         "weighted": jax.ShapeDtypeStruct((*places, head_dim), jnp.float32),
     }
     parts = pl.pallas_call(
-        functools.partial(gpu_kernel.attend, plan=plan, names=(*inputs, *results), interpret=interpret),
+        functools.partial(gpu_kernel.attend_items, plan=plan, names=(*inputs, *results), interpret=interpret),
         out_shape=list(results.values()),
-        grid=(kv_heads * plan.row_blocks, items),
+        grid=(plan.programs_of_item, items),
         compiler_params=gpu_kernel.compiler_params(warps=1),
         interpret=interpret,
         name="kivi_decode_attention",
@@ -102,6 +105,18 @@ def decode_attention(
         name="kivi_merge",
     )(*of_rows.values(), *parts)
     return out[:, None]
+
+
+def _attend_rows(plan: Plan, inputs: dict[str, Array], interpret: bool) -> Float[Array, "B Hq D"]:
+    q = inputs["q"]
+    return pl.pallas_call(
+        functools.partial(gpu_kernel.attend_rows, plan=plan, names=(*inputs, "out"), interpret=interpret),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(plan.programs_of_item, plan.batch),
+        compiler_params=gpu_kernel.compiler_params(warps=1),
+        interpret=interpret,
+        name="kivi_decode_attention",
+    )(*inputs.values())
 
 
 def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:

@@ -1,7 +1,8 @@
 """The programs of the GPU kernel, written for Pallas' Triton lowering.
 
-A program of `attend` is one warp with one item of work: the exact tokens of a row, or some of its packed tokens, for
-some query heads of one KV head (`Plan.rows`). `merge` combines the items of a row.
+A program of `attend_items` is one warp with one item of work: the exact tokens of a row, or some of its packed tokens,
+for some query heads of one KV head (`Plan.rows`). `merge` combines the items of a row. A program of `attend_rows` does
+all of a row.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
 from kivi_jax.pallas_kernels.decode_attention.gpu_packed import attend_packed
-from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Plan
+from kivi_jax.pallas_kernels.decode_attention.gpu_plan import TILE, Plan, stages
 from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import (
     LOWEST,
     Item,
@@ -31,27 +32,38 @@ MERGED_ITEMS = 32  # items merged at a time
 
 
 def compiler_params(warps: int) -> Any:
-    """For programs of `warps` warps. Three stages: in innermost loops, the loads of two passes are in flight."""
-    return plgpu.CompilerParams(num_warps=warps, num_stages=3)
+    """For programs of `warps` warps. In innermost loops, the loads of all stages but one are in flight."""
+    return plgpu.CompilerParams(num_warps=warps, num_stages=stages())
 
 
-def attend(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> None:
+def attend_rows(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> None:
+    """Attends all tokens of a row and writes its output."""
+    ref = dict(zip(names, refs, strict=True))
+    item, places = _begin(plan, ref, pl.program_id(0), pl.program_id(1))
+    tiles = jax.lax.div(item.packed + (TILE - 1), TILE)
+    exact = _attend_exact(plan, ref, item)
+    sums = attend_packed(plan, ref, item, jnp.int32(0), tiles, exact, interpret)
+    for channels, weighted in zip(pieces(plan), sums.weighted, strict=True):
+        place = ref["out"].at[item.row, item.new_head * plan.shared + places[None, :], channels[:, None]]
+        out = (weighted / sums.denominator[None, :]).astype(ref["out"].dtype)
+        plgpu.store(place, out, mask=jnp.broadcast_to(places[None, :] < plan.shared, out.shape))
+
+
+def attend_items(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> None:
     """Attends an item and writes its unnormalised output, maximum and denominator."""
     ref = dict(zip(names, refs, strict=True))
-    entry = pl.program_id(1)
-    head, block = (op(pl.program_id(0), plan.row_blocks) for op in (jax.lax.div, jax.lax.rem))
+    number, entry = pl.program_id(0), pl.program_id(1)
     first_tile, tiles = ref["first_tiles"][entry], ref["tiles"][entry]
 
     @pl.when(tiles != 0)
     def _() -> None:
-        item = _begin(plan, ref, entry, head, block)
+        item, places = _begin(plan, ref, number, entry)
         sums = jax.lax.cond(
             tiles < 0,
             lambda: _attend_exact(plan, ref, item),
-            lambda: attend_packed(plan, ref, item, first_tile, tiles, interpret),
+            lambda: attend_packed(plan, ref, item, first_tile, tiles, Sums.zero(plan), interpret),
         )
-        places = block * plan.rows + jnp.arange(plan.rows)
-        real = places < plan.shared
+        head, real = item.new_head, places < plan.shared
         for name, values in (("maximum", sums.maximum), ("denominator", sums.denominator)):
             plgpu.store(ref[name].at[entry, head, places], values, mask=real)
         for channels, weighted in zip(pieces(plan), sums.weighted, strict=True):
@@ -59,13 +71,19 @@ def attend(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> N
             plgpu.store(place, weighted, mask=jnp.broadcast_to(real[None, :], weighted.shape))
 
 
-def _begin(plan: Plan, ref: dict[str, Any], entry: Array, head: Array, block: Array) -> Item:
+def _begin(plan: Plan, ref: dict[str, Any], number: Array, entry: Array) -> tuple[Item, Int[Array, " rows"]]:
+    """What program `number` of an item attends, and its query heads counted from the KV head's first; those beyond the
+    last are padding, which repeats it.
+    """
     row = ref["rows"][entry]
-    # Padding repeats the last query head.
+    head, block = (op(number, plan.row_blocks) for op in (jax.lax.div, jax.lax.rem))
     places = block * plan.rows + jnp.arange(plan.rows)
     query_heads = head * plan.shared + jnp.minimum(places, plan.shared - 1)
     slopes = ref["slopes"][query_heads] if plan.alibi else None
-    return Item(row, ref["lengths"][row], head, ref["first_kv_head"][0] + head, query_heads, slopes)
+    length = ref["lengths"][row]
+    packed = jnp.clip(length - plan.residual, 0, plan.capacity)
+    item = Item(row, length, packed, head, ref["first_kv_head"][0] + head, query_heads, slopes)
+    return item, places
 
 
 def _attend_exact(plan: Plan, ref: dict[str, Any], item: Item) -> Sums:

@@ -26,13 +26,11 @@ from kivi_jax.pallas_kernels.decode_attention.gpu_codes import (
 )
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import TILE, WORD_TOKENS, WORDS, Plan
 from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import (
-    LOWEST,
     VALUE_CHANNELS,
     Item,
     Sums,
     bias,
     dot,
-    pieces,
     score_unit,
 )
 
@@ -69,22 +67,23 @@ class PackedSums(NamedTuple):
         return Sums(self.maximum, row(self.denominators, 0), tuple(weighted))
 
 
-def group_of(plan: Plan, piece: int) -> int:
+def group_of(plan: Plan, piece: int | Array) -> int | Array:
     return piece * VALUE_CHANNELS // plan.group_size
 
 
 def attend_packed(
-    plan: Plan, ref: dict[str, Any], item: Item, first_tile: Array, tiles: Array, interpret: bool
+    plan: Plan, ref: dict[str, Any], item: Item, first_tile: Array, tiles: Array, sums: Sums, interpret: bool
 ) -> Sums:
+    """Adds packed tokens to `sums`."""
     units = _units(plan.value_bits, ref["q"].dtype)
 
     def add_tile(i: Array, sums: PackedSums) -> PackedSums:
         return _add_tile(plan, ref, item, i, sums, interpret)
 
     start = PackedSums(
-        jnp.full(plan.rows, LOWEST),
-        jnp.zeros((SUMMED, plan.rows)),
-        tuple(jnp.zeros((x.size, plan.rows)) for x in pieces(plan)),
+        sums.maximum,
+        jnp.broadcast_to(sums.denominator[None, :], (SUMMED, plan.rows)),
+        sums.weighted,
         tuple(jnp.zeros((SUMMED, plan.rows)) for _ in units),
     )
     return jax.lax.fori_loop(first_tile, first_tile + tiles, add_tile, start).finish(plan, units)
@@ -94,20 +93,18 @@ def _units(bits: int, dtype: Any) -> list[float]:
     return sorted({field.unit for field in fields_of(bits, dtype)})
 
 
-def _words(plan: Plan, tile: Array) -> Int32[Array, " W"]:
+def _words(item: Item, tile: Array) -> Int32[Array, " W"]:
     """Indices of a tile's 16 words in the row; a word here has 16 tokens, whatever the bits.
 
-    A tile may reach beyond the capacity. The words beyond it become the last one.
+    Those beyond the row's last one become the last one, which is in the cache then.
     """
-    words = tile * WORDS + jnp.arange(WORDS)
-    return jnp.minimum(words, plan.capacity // WORD_TOKENS - 1) if plan.capacity % TILE else words
+    return jnp.minimum(tile * WORDS + jnp.arange(WORDS), jax.lax.div(item.packed - 1, WORD_TOKENS))
 
 
-def _groups(plan: Plan, tile: Array) -> Int32[Array, " groups"]:
-    """Indices of a tile's key groups in the row; those beyond the capacity become the last one."""
+def _groups(plan: Plan, item: Item, tile: Array) -> Int32[Array, " groups"]:
+    """Indices of a tile's key groups in the row; those beyond the row's last one become the last one."""
     count = TILE // plan.group_size
-    groups = tile * count + jnp.arange(count)
-    return jnp.minimum(groups, plan.capacity // plan.group_size - 1) if plan.capacity % TILE else groups
+    return jnp.minimum(tile * count + jnp.arange(count), jax.lax.div(item.packed - 1, plan.group_size))
 
 
 def _repeat(x: Float[Array, "n C"], times: int) -> Float[Array, "m C"]:
@@ -148,7 +145,7 @@ def _add_tile(
     interpret: bool,
 ) -> PackedSums:
     dtype = ref["q"].dtype
-    words = _words(plan, tile)
+    words = _words(item, tile)
     more, shared, key_units = _scores(plan, ref, item, tile, words, interpret)
     highest = [
         shared
@@ -177,17 +174,21 @@ def _add_tile(
     ):
         zeros[value_unit] += dot(zero, probability)
         denominators += dot(jnp.full((SUMMED, WORDS), 1 / value_unit, dtype), probability)
-    weighted = []
-    for piece, (channels, total) in enumerate(zip(pieces(plan), sums.weighted, strict=True)):
+
+    def add_piece(piece: Array, weighted: tuple[Array, ...]) -> tuple[Array, ...]:
+        channels = piece * VALUE_CHANNELS + jnp.arange(VALUE_CHANNELS)
         codes = _read_codes(ref["v_codes"], item, words, channels, plan.value_bits, dtype)
         scales = _split(ref["v_scale"][item.row, item.head, group_of(plan, piece), places])
+        total, *others = weighted
         for probability, (halves, field), scale in zip(probabilities, codes, scales, strict=True):
             unpacked = unpack(halves, field, plan.value_bits, dtype, interpret)
             scale = negative(jnp.broadcast_to(scale[:, None], unpacked.shape), interpret)
             values = scaled(unpacked, scale, interpret)
             total += dot(values.T, probability)
-        weighted.append(total)
-    return PackedSums(sums.maximum, denominators, tuple(weighted), tuple(zeros.values()))
+        return *(x + 0.0 for x in others), total
+
+    weighted = jax.lax.fori_loop(0, len(sums.weighted), add_piece, sums.weighted)
+    return PackedSums(sums.maximum, denominators, weighted, tuple(zeros.values()))
 
 
 def _zeros(
@@ -216,7 +217,7 @@ def _scores(
 
     A key is `zero + scale · code`. Only the product is rounded, and only if more than one bit of the code is set.
     """
-    groups = _groups(plan, tile)
+    groups = _groups(plan, item, tile)
     dtype = ref["q"].dtype
     units = _units_of_word(plan.key_bits, dtype)
 

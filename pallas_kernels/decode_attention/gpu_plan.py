@@ -8,12 +8,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
+from kivi_jax.pallas_kernels.devices import nvidia_capability
+
 WORDS = 16  # words in a tile: rows of a matrix product with keys, and what one with values sums over
 WORD_TOKENS = 16  # tokens of what is called a word here, whatever the bits
 TILE = WORDS * WORD_TOKENS
 # A program is a warp with up to 255 registers a thread, and a multiprocessor has 65536 (Ampere to Blackwell).
 WARPS_PER_MULTIPROCESSOR = 8
 MULTIPROCESSORS = 132  # an H100's, for programs that are compiled without a GPU
+CAPABILITY = 9.0  # the same
 ITEM_TILES = 0.75  # what it costs to begin, write and merge an item, in tiles
 # Programs in a round, as a multiple of those that run at once: where one ends early, another takes its place.
 AHEAD = 2
@@ -36,6 +39,16 @@ class Plan:
     sinks: int
     sliding_window: int | None
     alibi: bool
+    batch: int
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether rows are so many that a program attends all tokens of one: nothing is left to merge."""
+        return self.batch * self.programs_of_item >= MOST_ROUNDS * programs_at_once()
+
+    @property
+    def programs_of_item(self) -> int:
+        return self.kv_heads * self.row_blocks
 
     @property
     def groups(self) -> int:
@@ -59,14 +72,17 @@ def rows_of_program(shared: int, head_dim: int) -> int:
 
 def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], dict[str, Array]]:
     """Every item's row, first tile and number of tiles (-1: the row's exact tokens; 0: nothing to do); and every row's
-    first packed item, number of packed items, and exact item.
+    first packed item, number of packed items, and exact item. Of items that are whole rows only the row, the longest
+    first.
     """
-    batch = lengths.shape[0]
-    most_tiles = -(-plan.capacity // TILE)
-    per_item = plan.kv_heads * plan.row_blocks
-    at_once = AHEAD * WARPS_PER_MULTIPROCESSOR * _multiprocessors()
-    most_packed = max(MOST_ROUNDS * at_once // per_item, batch)
     tiles = -(-jnp.clip(lengths - plan.residual, 0, plan.capacity) // TILE)
+    if plan.whole_rows:
+        return {"rows": jnp.argsort(-tiles).astype(jnp.int32)}, {}
+    batch = plan.batch
+    most_tiles = -(-plan.capacity // TILE)
+    per_item = plan.programs_of_item
+    at_once = programs_at_once()
+    most_packed = max(MOST_ROUNDS * at_once // per_item, batch)
     # Items are about equally long, so that programs which begin together end together.
     sizes = jnp.asarray(np.unique(np.geomspace(1, most_tiles, CANDIDATES).round()), jnp.int32)
     packed = (-(-tiles // sizes[:, None])).sum(1)
@@ -90,6 +106,15 @@ def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], 
     return work, of_rows
 
 
-def _multiprocessors() -> int:
+def stages() -> int:
+    """Of loops that read ahead: as many as leave shared memory for all warps, which are more than three only on data
+    centers' GPUs from Hopper on.
+    """
+    return 4 if 9 <= (nvidia_capability() or CAPABILITY) < 12 else 3
+
+
+def programs_at_once() -> int:
+    """In a round."""
     device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else MULTIPROCESSORS
+    multiprocessors = device.core_count if device.platform == "gpu" else MULTIPROCESSORS
+    return AHEAD * WARPS_PER_MULTIPROCESSOR * multiprocessors

@@ -14,10 +14,13 @@ LOWEST = -1e30  # a maximum before any score; finite, so that the difference of 
 
 
 class Item(NamedTuple):
-    """What a program attends: a row of the batch, a KV head in the new token and in the state, and query heads."""
+    """What a program attends: a row of the batch, its tokens, how many of them are packed, a KV head in the new token
+    and in the state, and query heads.
+    """
 
     row: Array
     length: Array
+    packed: Array
     new_head: Array
     head: Array
     query_heads: Int32[Array, " rows"]
@@ -30,6 +33,11 @@ class Sums(NamedTuple):
     maximum: Float[Array, " rows"]
     denominator: Float[Array, " rows"]
     weighted: tuple[Float[Array, "C rows"], ...]  # one for each piece of the channels
+
+    @classmethod
+    def zero(cls, plan: Plan) -> "Sums":
+        weighted = tuple(jnp.zeros((channels.size, plan.rows)) for channels in pieces(plan))
+        return cls(jnp.full(plan.rows, LOWEST), jnp.zeros(plan.rows), weighted)
 
     def shrunk_to(self, maximum: Float[Array, " rows"]) -> "Sums":
         shrink = jnp.exp2(self.maximum - maximum)

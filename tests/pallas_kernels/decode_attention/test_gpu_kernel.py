@@ -110,6 +110,38 @@ def test_items_of_a_gpu_of_four_programs(monkeypatch):
     check(KIVI2, 4, 1, 128, [2500, 300, 0, 1281], capacity=2560)
 
 
+@pytest.fixture
+def gpu_of_one_program(monkeypatch):
+    """Which any batch fills."""
+    monkeypatch.setattr(gpu_plan, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(gpu_plan, "WARPS_PER_MULTIPROCESSOR", 1)
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("gpu_of_one_program")
+@pytest.mark.parametrize(
+    ("config", "shape", "settings"),
+    [
+        (KIVI2, (4, 4, 128), {}),
+        (PRESETS["kivi-k4v2"], (8, 2, 64), {"dtype": jnp.float16}),
+        (KVConfig(2, 4, 64, 64), (20, 1, 64), {"slopes": tuple(2.0**-i for i in range(20))}),
+        (KVConfig(2, 2, 32, 64, sink_tokens=5), (4, 2, 128), {"sliding_window": 300}),
+    ],
+    ids=str,
+)
+def test_so_many_rows_that_none_is_divided(config, shape, settings):
+    residual = config.residual_length
+    check(config, *shape, edges(residual, 256, residual + 640), residual + 640, **settings)
+
+
+@pytest.mark.usefixtures("gpu_of_one_program")
+def test_long_rows_begin_first():
+    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 5120, 0, None, False, batch=4)
+    work, of_rows = gpu_plan.list_work(jnp.asarray([300, 0, 5000, 900]), plan)
+    np.testing.assert_array_equal(work["rows"], [2, 3, 0, 1])
+    assert (plan.whole_rows, of_rows) == (True, {})
+
+
 @pytest.mark.interpreted
 def test_more_items_than_are_merged_at_a_time():
     """One row of 17,000 tokens has 66 packed items."""
@@ -117,12 +149,12 @@ def test_more_items_than_are_merged_at_a_time():
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [1, 5000], [4000, 4000], [129, 128], [384, 640]])
-@pytest.mark.parametrize("programs", [1, 8, 64, 1056])
+@pytest.mark.parametrize("programs", [2, 8, 64, 1056])
 def test_work_list(monkeypatch, lengths, programs):
     """Every tile of every row is in one item, and every row has its exact tokens once."""
     monkeypatch.setattr(gpu_plan, "MULTIPROCESSORS", programs)
     monkeypatch.setattr(gpu_plan, "WARPS_PER_MULTIPROCESSOR", 1)
-    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 5120, 0, None, False)
+    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 5120, 0, None, False, batch=2)
     work, of_rows = gpu_plan.list_work(jnp.asarray(lengths), plan)
     rows, first_tiles, tiles = map(np.asarray, work.values())
     first, packed, exact = map(np.asarray, of_rows.values())
