@@ -20,7 +20,7 @@ C = TypeVar("C", bound=Compiled)
 
 # Bytes that a GPU thread's instructions may write to local memory and read back for lack of registers, by the number of
 # query heads of a program.
-SPILLS = {8: 128, 16: 832}
+SPILLS = {8: 0, 16: 832}
 # Without being asked for more, a block has so much.
 SHARED_MEMORY = 48 * 1024
 
@@ -57,14 +57,14 @@ def changing_arrays(
     return Program("", attend, program.arguments)
 
 
-def check_gpu_kernels(compiled: CompiledForGPU, case: Attention) -> None:
-    """The two kernels fit a multiprocessor, and nothing copies the cache for them."""
-    assert compiled.kernels.keys() == {ATTEND, MERGE}
+def check_gpu_kernels(compiled: CompiledForGPU, case: Attention, merged: bool = True) -> None:
+    """The kernels fit a multiprocessor, and nothing copies the cache for them."""
+    assert compiled.kernels.keys() == ({ATTEND, MERGE} if merged else {ATTEND})
     for kernel in compiled.kernels.values():
         assert kernel.registers <= 255
         assert kernel.shared_memory <= SHARED_MEMORY
     spilled = {name: kernel.spill_stores + kernel.spill_loads for name, kernel in compiled.kernels.items()}
-    assert spilled[MERGE] == 0
+    assert spilled.get(MERGE, 0) == 0
     assert spilled[ATTEND] <= SPILLS[rows_of_program(case.query_heads // case.kv_heads, case.head_dim)]
     assert arrays_not_read(compiled, case) == set()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from kivi_jax.pallas_kernels.decode_attention import gpu_plan
 from tools.offline import gpu_wheels
 from tools.offline.compiler import Compiled, Program, Target, compile_in_subprocess, known_as
 from tools.offline.gpu_schedule import Schedule, read_schedule
@@ -130,6 +131,7 @@ def compile_programs(
 def target(name: str) -> Target:
     """What to compile for a GPU, in the subprocess."""
     gpu = GPUS[name]
+    gpu_plan.CAPABILITY, gpu_plan.MULTIPROCESSORS = gpu.capability[0] + gpu.capability[1] / 10, gpu.cores
     devices = topologies.get_topology_desc(
         "", platform="cuda", topology="1x1x1", target_config=gpu.target_config()
     ).devices

@@ -5,12 +5,13 @@ from typing import Any
 
 from kivi_jax.pallas_kernels.decode_attention import gpu
 from kivi_jax.pallas_kernels.decode_attention.gpu_packed import KEY_CHANNELS
+from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import VALUE_CHANNELS
 from tools.offline.compiler import Program
 from tools.offline.decode_programs import Attention
 from tools.offline.gpu_compiler import CompiledForGPU
 from tools.offline.gpu_schedule import Loop
 
-# The two that decode attention launches, by name.
+# The two that decode attention launches, by name; if its rows are many, only the first.
 ATTEND, MERGE = "kivi_decode_attention", "kivi_merge"
 
 
@@ -21,7 +22,8 @@ def kernels(devices: Sequence[Any], cases: dict[str, dict[str, Any]]) -> Iterato
 
 
 def tile_loop(compiled: CompiledForGPU, head_dim: int) -> Loop:
-    """The loop over tiles, together with the one in it, over channels of keys."""
-    schedule = compiled.kernels[ATTEND].schedule
-    inner = schedule.loops[schedule.loops.index(schedule.main_loop) + 1]
-    return schedule.main_loop.around(inner, head_dim // KEY_CHANNELS)
+    """The loop over tiles, together with the two in it, over channels of keys and of values."""
+    loops = compiled.kernels[ATTEND].schedule.loops
+    keys, values = (i for i, loop in enumerate(loops) if loop.depth == 2)
+    tile = loops[keys - 1].around(loops[keys], head_dim // KEY_CHANNELS)
+    return tile.around(loops[values], head_dim // VALUE_CHANNELS)

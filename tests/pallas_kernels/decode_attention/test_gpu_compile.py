@@ -43,9 +43,11 @@ KERNELS = {
     "kivi-k2v4-f16": Attention(4, 2, 128, 2, 4, group_size=128, dtype="float16"),
     "window-of-32": Attention(8, 2, 64, residual_length=32, sink_tokens=5, sliding_window=300),
 }
-# The other GPUs get one, as every program takes seconds.
+MANY_ROWS = "many-rows"
+KERNELS[MANY_ROWS] = Attention(32, 32, 128, residual_length=32, batch=200, capacity=512)
+# The other GPUs get few, as every program takes seconds.
 ALL = "h100"
-KERNELS_ELSEWHERE = ("llama-3",)
+KERNELS_ELSEWHERE = ("llama-3", MANY_ROWS)
 
 LOOP = {
     "model_type": "llama",
@@ -76,14 +78,14 @@ def compile_kernels(name: str) -> dict[str, CompiledForGPU | str]:
 
 @pytest.mark.parametrize(("name", "case"), ON_EVERY_GPU)
 def test_kernels_fit_the_registers_and_read_the_cache_as_it_is_stored(name, case):
-    check_gpu_kernels(succeeded(compile_kernels(name)[case]), KERNELS[case])
+    check_gpu_kernels(succeeded(compile_kernels(name)[case]), KERNELS[case], merged=case != MANY_ROWS)
 
 
 def test_main_loop_stays_cheap():
     loop = tile_loop(succeeded(compile_kernels(ALL)["llama-3"]), 128)
     # Products of 16 × 8 × 16, keys and values of a tile and no less.
     assert loop.kinds["tensor"] >= 2 * TILE * 128 / (16 * 16)
-    assert loop.instructions < 4300
+    assert loop.instructions < 4700
 
 
 def test_decode_loop_updates_the_state_in_place():
