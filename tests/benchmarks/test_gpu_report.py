@@ -16,8 +16,10 @@ def test_cost_of_256_tokens_of_a_head(monkeypatch):
     case = gpu_report.Case("Falcon 7B")
     outside = Loop(0, {"MOV": 9}, {"alu": 9}, skipped=0)
     tiles = Loop(1, {"LOP3": 1000, "HMMA": 1000}, {"alu": 1000, "tensor": 1000}, skipped=0)
-    channels = Loop(2, {"LOP3": 1000}, {"alu": 1000}, skipped=0)  # two passes of 32
-    kernel = gpu_compiler.Kernel((5, 20, 1), 32, 255, 0, 0, 0, 8192, Schedule((outside, tiles, channels)))
+    keys = Loop(2, {"LOP3": 600}, {"alu": 600}, skipped=0)  # two passes of 32 channels
+    values = Loop(2, {"LOP3": 400}, {"alu": 400}, skipped=0)
+    schedule = Schedule((outside, tiles, keys, values))
+    kernel = gpu_compiler.Kernel((5, 20, 1), 32, 255, 0, 0, 0, 8192, schedule)
     result = gpu_compiler.CompiledForGPU(
         0, 0, 0, 0, "", kernels={gpu_report.ATTEND: kernel}, others=frozenset()
     )
