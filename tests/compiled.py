@@ -1,7 +1,7 @@
 """What tests of compiled programs share."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeVar
 
 import jax
@@ -75,13 +75,16 @@ def check_memory(compiled: Compiled, state: KVState) -> None:
     assert compiled.temporary_bytes <= 0.1 * kv_bytes(state)
 
 
-def check_loop(compiled: Compiled, state: KVState) -> None:
-    """A decode loop updates `state` in place, and its kernels read the arrays as they are stored."""
+def check_loop(compiled: Compiled, state: KVState, copied: Set[str] = frozenset()) -> None:
+    """A decode loop updates `state` in place, and its kernels read the arrays as they are stored, apart from those that
+    are `copied` once for the whole loop.
+    """
     check_memory(compiled, state)
     module = Module(compiled.hlo)
     read = [module.arguments_read(kernel) for kernel in module.kernels()]
     for i, layer in enumerate(state.layers):
-        arrays = names_of_arrays(layer, f"decoding.state.layers[{i}]")
+        name = f"decoding.state.layers[{i}]"
+        arrays = names_of_arrays(layer, name) - {f"{name}.{array}" for array in copied}
         assert any(arrays <= names for names in read), f"no kernel reads all of {sorted(arrays)}"
     dtypes = {"int32": "s32", "bfloat16": "bf16"}
     stored = {(dtypes[leaf.dtype.name], leaf.size) for leaf in jax.tree.leaves(state.layers)}

@@ -150,6 +150,12 @@ def _stored(plan: Plan, layer: QuantizedLayer) -> Inputs:
 
     keys, values, block = plan.keys, plan.values, plan.block
     key_scales = spec(2, block // keys.group_size, plan.head_dim)
+
+    def ring(window: Array) -> tuple[Array, pl.BlockSpec]:
+        if plan.ring_on_lanes:  # which is how it lies in memory, and moves nothing
+            return window.swapaxes(2, 3), spec(None, plan.head_dim, plan.residual)
+        return window, spec(None, plan.residual, plan.head_dim)
+
     value_scales = spec(3, block, plan.channel_groups)
     inputs = {
         "k_codes": (layer.k_codes, spec(2, block // keys.tokens * keys.word_rows, keys.lanes)),
@@ -158,8 +164,8 @@ def _stored(plan: Plan, layer: QuantizedLayer) -> Inputs:
         "v_codes": (layer.v_codes, spec(2, block // values.tokens * values.word_rows, values.lanes)),
         "v_scale": (layer.v_scale, value_scales),
         "v_zero": (layer.v_zero, value_scales),
-        "window_k": (layer.window_k, spec(None, plan.residual, plan.head_dim)),
-        "window_v": (layer.window_v, spec(None, plan.residual, plan.head_dim)),
+        "window_k": ring(layer.window_k),
+        "window_v": ring(layer.window_v),
     }
     if layer.sinks is not None:
         for name, sinks in zip(("sink_k", "sink_v"), layer.sinks, strict=True):

@@ -125,24 +125,26 @@ class _Step:
         new_score = self._finish(jnp.broadcast_to(new, (plan.rows, LANES)), self.length, head)[:, :1]
         age = jax.lax.rem(self.length + (plan.residual - 1), plan.residual) - iota(plan.residual)
         token = self.length - 1 - jnp.where(age < 0, age + plan.residual, age)
-        pieces = [(refs["window_k"], refs["window_v"], token, token >= jnp.maximum(self.oldest, 0))]
+        ring = refs["window_k"][head], refs["window_v"][head], plan.ring_on_lanes
+        pieces = [(*ring, token, token >= jnp.maximum(self.oldest, 0))]
         if plan.sinks:
             token = iota(plan.sinks)
             live = token < self.length
             if plan.window is not None:
                 live &= token > self.length - plan.window
-            pieces.append((refs["sink_k"], refs["sink_v"], token, live))
-        scores = [
-            jnp.where(live, self._finish(dot_transposed(q, keys[head]), token, head), -jnp.inf)
-            for keys, _, token, live in pieces
-        ]
+            pieces.append((refs["sink_k"][head], refs["sink_v"][head], False, token, live))
+        scores = []
+        for keys, _, on_lanes, token, live in pieces:
+            products = dot(q, keys) if on_lanes else dot_transposed(q, keys)
+            scores.append(jnp.where(live, self._finish(products, token, head), -jnp.inf))
         maximum = functools.reduce(jnp.maximum, [x.max(1, keepdims=True) for x in scores], new_score)
         denominator = jnp.exp2(new_score - maximum)
         weighted = denominator * new_v
-        for (_, values, *_), score in zip(pieces, scores, strict=True):
+        for (_, values, on_lanes, *_), score in zip(pieces, scores, strict=True):
             probabilities = jnp.exp2(score - maximum)
             denominator += probabilities.sum(1, keepdims=True)
-            weighted += dot(probabilities.astype(jnp.bfloat16), values[head])
+            rounded = probabilities.astype(jnp.bfloat16)
+            weighted += dot_transposed(rounded, values) if on_lanes else dot(rounded, values)
         refs["maximum"][head] = jnp.broadcast_to(maximum, (plan.rows, LANES))
         refs["denominator"][head] = jnp.broadcast_to(denominator / LANES, (plan.rows, LANES))
         refs["weighted"][head] = weighted

@@ -66,6 +66,12 @@ class Plan:
         return self.head_dim // self.values.group_size
 
     @property
+    def ring_on_lanes(self) -> bool:
+        """Whether XLA stores a ring's tokens along the lanes: where its channels would leave more of them empty."""
+        across = -(-self.residual // LANES) * LANES * self.head_dim
+        return across < self.residual * -(-self.head_dim // LANES) * LANES
+
+    @property
     def slots(self) -> int:
         """Value groups on a register's lanes: channel groups, or at D = 64 those of both halves."""
         return LANES // self.values.group_size
