@@ -10,6 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Float, Int, Num
 
 from kivi_jax.kv.quantize import Quantized
+from kivi_jax.kv.rings import slot_of
 
 Buffers = TypeVar("Buffers")  # a tree of arrays
 
@@ -148,7 +149,47 @@ def write_blocks(
 ) -> Quantized:
     """Writes block i of row b into slot `slots[b, i]` of the `size` that `buffers` have; into none beyond those. No two
     slots of a row are the same.
+
+    For a TPU's scatter XLA copies the buffers there and back, as for `set_tokens`. There blocks are written one by one.
     """
+    return jax.lax.platform_dependent(
+        buffers,
+        blocks,
+        slots,
+        tpu=functools.partial(_write_blocks_in_turn, axes, size),
+        default=functools.partial(_scatter_blocks, axes, size),
+    )
+
+
+def _write_blocks_in_turn(
+    axes: tuple[int, ...], size: int, buffers: Quantized, blocks: Quantized, slots: Int[Array, "B count"]
+) -> Quantized:
+    count = slots.shape[1]
+    blocks = Quantized(*map(row_major, blocks))
+
+    def write_block(i: Array, buffers: Quantized) -> Quantized:
+        row, number = i // count, i % count
+        slot = slots[row, number]
+
+        def write_into(buffer: Array, update: Array, axis: int) -> Array:
+            length = update.shape[axis] // count
+            starts = [jnp.zeros_like(i)] * buffer.ndim
+            starts[0], starts[axis] = row, number * length
+            sizes = list(update.shape)
+            sizes[0], sizes[axis] = 1, length
+            block = jax.lax.dynamic_slice(update, starts, sizes)
+            starts[axis] = jnp.minimum(slot, size - 1) * length
+            old = jax.lax.dynamic_slice(buffer, starts, sizes)
+            return row_major(jax.lax.dynamic_update_slice(buffer, jnp.where(slot < size, block, old), starts))
+
+        return Quantized(*map(write_into, buffers, blocks, axes))
+
+    return jax.lax.fori_loop(0, slots.size, write_block, buffers)
+
+
+def _scatter_blocks(
+    axes: tuple[int, ...], size: int, buffers: Quantized, blocks: Quantized, slots: Int[Array, "B count"]
+) -> Quantized:
     rows = jnp.arange(slots.shape[0])[:, None]
 
     def split(array: Array, axis: int, count: int) -> Array:
@@ -158,7 +199,7 @@ def write_blocks(
         axis %= buffer.ndim
         place = (rows, *[slice(None)] * (axis - 1), slots)
         update = jnp.moveaxis(split(update, axis, slots.shape[1]), axis, 1)
-        return scatter(split(buffer, axis, size), place, update).reshape(buffer.shape)
+        return row_major(scatter(split(buffer, axis, size), place, update).reshape(buffer.shape))
 
     return Quantized(*map(put, buffers, blocks, axes))
 
@@ -173,6 +214,51 @@ def read_blocks(packed: Quantized, axes: tuple[int, ...], index: Int[Array, " B"
         )
 
     return Quantized(*map(read, packed, axes))
+
+
+def set_chunk(
+    ring: Float[Array, "B H S D"],
+    tokens: Float[Array, "B H T D"],
+    lengths: Int[Array, " B"],
+    counts: Int[Array, " B"],
+) -> Float[Array, "B H S D"]:
+    """Writes the first `counts` of each row's new tokens after the `lengths` that its ring was given before; the newest
+    of those that would share a slot.
+
+    On a TPU row by row, as `write_blocks`.
+    """
+    return jax.lax.platform_dependent(
+        ring, tokens, lengths, counts, tpu=_set_chunk_in_turn, default=_scatter_chunk
+    )
+
+
+def _scatter_chunk(ring: Array, tokens: Array, lengths: Array, counts: Array) -> Array:
+    size = ring.shape[2]
+    place = jnp.arange(tokens.shape[2])
+    kept = (place < counts[:, None]) & (place >= counts[:, None] - size)
+    at = jnp.where(kept, slot_of(lengths[:, None] + place, size), size + place)
+    rows = jnp.arange(lengths.size)[:, None]
+    return row_major(scatter(ring, (rows, slice(None), at), tokens.swapaxes(1, 2)))
+
+
+def _set_chunk_in_turn(ring: Array, tokens: Array, lengths: Array, counts: Array) -> Array:
+    size = ring.shape[2]
+    width = min(tokens.shape[2], size)
+
+    def write_window(i: Array, ring: Array) -> Array:
+        """From the first new token's slot on, or from slot 0, where the ring goes around."""
+        row, length = i // 2, lengths[i // 2]
+        start = jnp.where(i % 2 == 0, jnp.minimum(slot_of(length, size), size - width), 0)
+        first = slot_of(start + jnp.arange(width) - length, size)
+        newest = first + jnp.maximum(counts[row] - 1 - first, 0) // size * size
+        new = take_tokens(jax.lax.dynamic_slice_in_dim(tokens, row, 1), newest[None])
+        zero = jnp.zeros_like(start)
+        place = (row.astype(start.dtype), zero, start, zero)
+        old = jax.lax.dynamic_slice(ring, place, new.shape)
+        written = (first < counts[row])[None, None, :, None]
+        return row_major(jax.lax.dynamic_update_slice(ring, jnp.where(written, new, old), place))
+
+    return jax.lax.fori_loop(0, 2 * lengths.size, write_window, ring)
 
 
 def set_tokens(

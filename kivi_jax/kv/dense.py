@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.kv.buffers import put_rows, scatter, set_tokens, take_tokens
+from kivi_jax.kv.buffers import put_rows, set_chunk, set_tokens, take_tokens
 from kivi_jax.kv.layer import Layer, Region
 from kivi_jax.kv.rings import entries_in, entry_in, slot_of
 
@@ -86,12 +86,8 @@ class DenseLayer(Layer):
         lengths: Int[Array, " B"],
         counts: Int[Array, " B"],
     ) -> "DenseLayer":
-        rows, tokens = jnp.arange(lengths.size)[:, None], jnp.arange(k.shape[1])
-        # Only the newest of the tokens that would share a slot is written.
-        kept = (tokens < counts[:, None]) & (tokens >= counts[:, None] - self.slots)
-        at = jnp.where(kept, slot_of(lengths[:, None] + tokens, self.slots), self.slots + tokens)
-        place = (rows, slice(None), at)
-        return dataclasses.replace(self, k=scatter(self.k, place, k), v=scatter(self.v, place, v))
+        k, v = (set_chunk(ring, x.swapaxes(1, 2), lengths, counts) for ring, x in ((self.k, k), (self.v, v)))
+        return dataclasses.replace(self, k=k, v=v)
 
     def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "DenseLayer":
         return self

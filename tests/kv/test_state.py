@@ -188,6 +188,23 @@ def test_rows_flushed_together_are_flushed_as_one_by_one(config, window, head_di
     jax.tree.map(np.testing.assert_array_equal, together, one_by_one)
 
 
+@pytest.mark.parametrize(("slots", "length"), [(40, 16), (16, 16), (10, 16), (33, 32), (7, 1)])
+def test_chunks_are_written_alike_on_every_device(slots, length):
+    """Into rings that the chunk does not reach around, does, and is longer than."""
+    generator = np.random.default_rng(0)
+    ring, tokens = (
+        jnp.asarray(generator.standard_normal((12, 2, size, 8)), jnp.float32) for size in (slots, length)
+    )
+    lengths = jnp.asarray([0, 1, slots - 1, slots, *generator.integers(0, 3 * slots, 8)])
+    counts = jnp.asarray([length, 0, length, 1, *generator.integers(0, length + 1, 8)])
+    expected = np.array(ring)
+    for row, (before, count) in enumerate(zip(lengths, counts, strict=True)):
+        for i in range(count):
+            expected[row, :, (before + i) % slots] = tokens[row, :, i]
+    for write in (buffers._scatter_chunk, buffers._set_chunk_in_turn):
+        np.testing.assert_array_equal(jax.jit(write)(ring, tokens, lengths, counts), expected)
+
+
 @pytest.mark.parametrize(("window", "blocks"), [(20, 1), (48, 2), (100, 4), (None, 9)])
 def test_blocks_of_a_chunk_have_slots_of_their_own(monkeypatch, window, blocks):
     """Of blocks that would share one, only the newest is written: which of two a scatter keeps is undefined."""
@@ -196,7 +213,10 @@ def test_blocks_of_a_chunk_have_slots_of_their_own(monkeypatch, window, blocks):
     def recorder(stored, packed, axes, slots, size):
         written.append(np.asarray(slots))
         assert size == blocks
-        return write_blocks(stored, packed, axes, slots, size)
+        result = write_blocks(stored, packed, axes, slots, size)
+        in_turn = buffers._write_blocks_in_turn(axes, size, stored, packed, slots)
+        jax.tree.map(np.testing.assert_array_equal, in_turn, result)
+        return result
 
     write_blocks = buffers.write_blocks
     monkeypatch.setattr("kivi_jax.kv.quantized.write_blocks", recorder)
