@@ -66,8 +66,6 @@ SHAPES = {
     "Llama 3 8B": (32, 8, 128),
     "Llama 3 70B": (64, 8, 128),
     "Falcon 7B": (71, 1, 64),
-    "Llama 3.2 1B": (32, 8, 64),
-    "SmolLM2 135M": (9, 3, 64),
     "8 on 4 heads of 256": (8, 4, 256),
 }
 BITS = {"kivi2": 2, "kivi4": 4}

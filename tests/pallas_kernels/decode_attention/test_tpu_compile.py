@@ -3,13 +3,19 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import tpu_report
+from kivi_jax.kv import kv_bytes
+from kivi_jax.kv.config import resolve_kv
+from kivi_jax.kv.layer import Layer
+from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import tpu
 from tests.compiled import arrays_not_read, changing_arrays, check_loop, succeeded
 from tools.offline import tpu_programs
@@ -140,6 +146,33 @@ def copying_kernel(devices: Sequence[Any]) -> Iterator[Program]:
 def test_a_copied_array_is_seen():
     (result,) = compile_programs("v5e", f"{__name__}:copying_kernel").values()
     assert arrays_not_read(succeeded(result), KERNELS["llama-3"]) == {f"layer.{name}" for name in CHANGES}
+
+
+CHUNK = (2, 1024, 8, 128)
+
+
+def appended_chunks(devices: Sequence[Any], kvs: Sequence[str]) -> Iterator[Program]:
+    chunk = jax.ShapeDtypeStruct(CHUNK, jnp.bfloat16)
+    numbers = jax.ShapeDtypeStruct(CHUNK[:1], jnp.int32)
+    append = jax.jit(lambda layer, *arguments: layer.append_chunk(*arguments), donate_argnums=0)
+    for kv in kvs:
+        yield Program(kv, append, (layer_of(kv), chunk, chunk, numbers, numbers))
+
+
+def layer_of(kv: str) -> Layer:
+    batch, _, heads, head_dim = CHUNK
+    config = resolve_kv(kv, head_dim, 1)
+    return jax.eval_shape(lambda: empty_state(1, batch, heads, 32768, head_dim, config, jnp.bfloat16)).layers[
+        0
+    ]
+
+
+@pytest.mark.parametrize("kv", ["bf16", "kivi2", "kivi4"])
+def test_a_chunk_is_appended_in_place(kv):
+    """XLA would copy all of a layer, there and back, for a scatter."""
+    compiled = succeeded(compile_programs("v5e", f"{__name__}:appended_chunks", kvs=[kv])[kv])
+    assert compiled.alias_bytes >= kv_bytes(layer_of(kv))
+    assert compiled.temporary_bytes <= 6 * 2 * 2 * math.prod(CHUNK)
 
 
 def test_main_loop_stays_cheap():
