@@ -44,16 +44,27 @@ def attend_prompts_for_each(
     """`attend_prompts`, stored in one layer of each of several caches."""
     out = prefill_attention(q, k, v, layers[0].sliding_window, heads)
     k, v = finite(k), finite(v)
-    before, layers = layers, tuple(layer.store_prompt(k, v, lengths, rows) for layer in layers)
-    # The model goes on once all is stored: XLA would else keep every layer's keys and values until the end.
-    stored = jnp.ones_like(lengths, bool)
-    for old, array in zip(jax.tree.leaves(before), jax.tree.leaves(layers), strict=True):
+    filled = tuple(layer.store_prompt(k, v, lengths, rows) for layer in layers)
+    return _once_stored(out, layers, filled, rows), filled
+
+
+def _once_stored(
+    out: Float[Array, "N T Hq D"],
+    before: tuple[Layer, ...],
+    after: tuple[Layer, ...],
+    rows: Int[Array, " N"] | None = None,
+) -> Float[Array, "N T Hq D"]:
+    """`out`, with which the model goes on once all is stored: XLA would else keep every layer's keys and values until
+    the end.
+    """
+    stored = jnp.ones(out.shape[0], bool)
+    for old, array in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         if array is not old:  # what a short prompt leaves as it is may hold anything
             first = array[:, 0, 0, 0]
             stored = once_computed(
-                stored, first[: lengths.size] if rows is None else first[jnp.maximum(rows, 0)]
+                stored, first[: stored.size] if rows is None else first[jnp.maximum(rows, 0)]
             )
-    return jnp.where(stored[:, None, None, None], out, jnp.nan), layers
+    return jnp.where(stored[:, None, None, None], out, jnp.nan)
 
 
 def attend_chunk(
@@ -68,7 +79,8 @@ def attend_chunk(
     """`counts` new tokens attend themselves and the `lengths` stored ones, and are appended."""
     out = decode_attention(q, k, v, layer, lengths, heads, "xla")
     counts = jnp.where(once_computed(counts > 0, out), counts, 0)
-    return out, layer.append_chunk(finite(k), finite(v), lengths, counts)
+    longer = layer.append_chunk(finite(k), finite(v), lengths, counts)
+    return _once_stored(out, (layer,), (longer,)), longer
 
 
 def attend_token(
