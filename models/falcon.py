@@ -152,7 +152,9 @@ class FeedForward(nnx.Module):
     def __init__(self, config: FalconConfig, *, dtype: Any, rngs: nnx.Rngs):
         hidden, intermediate = config.hidden_size, config.intermediate_size
         self.up_proj = Linear(hidden, intermediate, bias=config.bias, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(intermediate, hidden, bias=config.bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(
+            intermediate, hidden, bias=config.bias, partial_sums=True, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B T hidden"]) -> Float[Array, "B T hidden"]:
         return self.down_proj(jax.nn.gelu(self.up_proj(x), approximate=False))

@@ -26,9 +26,15 @@ class Linear(nnx.Module):
     The kernel is `[outputs, inputs]`, as in checkpoints. With this order and float32 sums, XLA's CPU backend multiplies
     bfloat16 directly; otherwise it keeps float32 copies of all weights beside the decode loop. A GPU sums in float32
     whatever it writes, and would write sums that are asked for, to read and round them in another kernel.
+
+    Args:
+        partial_sums: whether the devices of a mesh split the inputs. What they write is summed then, and rounded after.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool, partial_sums: bool = False, dtype: Any, rngs: nnx.Rngs
+    ):
+        self.partial_sums = partial_sums
         self.kernel = nnx.Param(normal_init(rngs.params(), (outputs, inputs), dtype))
         if bias:
             self.bias = nnx.Param(jnp.zeros(outputs, dtype))
@@ -38,8 +44,8 @@ class Linear(nnx.Module):
         if hasattr(self, "bias"):
             y = project(x, kernel)
             return (y + self.bias[...].astype(y.dtype)).astype(x.dtype)
-        if x.dtype == jnp.float32:
-            return project(x, kernel)
+        if x.dtype == jnp.float32 or self.partial_sums:
+            return _project_and_round(x, kernel)
         return jax.lax.platform_dependent(x, kernel, cuda=_project_at_once, default=_project_and_round)
 
 
@@ -120,7 +126,9 @@ class Attention(nnx.Module):
         self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(
+            num_heads * head_dim, hidden_size, bias=output_bias, partial_sums=True, dtype=dtype, rngs=rngs
+        )
         if qk_norm is not None:
             self.q_norm = qk_norm(head_dim, dtype=dtype, rngs=rngs)
             self.k_norm = qk_norm(head_dim, dtype=dtype, rngs=rngs)
@@ -183,7 +191,10 @@ class GatedFeedForward(nnx.Module):
         self.activation = activation
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(
+            intermediate_size, hidden_size, bias=bias, partial_sums=True, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B T hidden"]) -> Float[Array, "B T hidden"]:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gated, plain = _apart(x, 2)
+        return self.down_proj(self.activation(self.gate_proj(gated)) * self.up_proj(plain))

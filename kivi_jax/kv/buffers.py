@@ -46,8 +46,8 @@ def scatter(buffer: Array, place: tuple[Any, ...], update: Array) -> Array:
 
 
 def put_rows(buffers: Buffers, updates: Buffers, rows: Int[Array, " N"] | None = None) -> Buffers:
-    """Writes row i of each update to the beginning of row `rows[i]` of its buffer, or of row i; those of negative rows,
-    which come last, are left out.
+    """Writes row i of each update to the beginning of row `rows[i]` of its buffer, or of row i. No two rows are the
+    same but negative ones, which come last and are left out.
 
     On a GPU, where a turn of a loop is a launch for each array, all rows are written at once.
     """
@@ -166,25 +166,24 @@ def _write_blocks_in_turn(
 ) -> Quantized:
     count = slots.shape[1]
     blocks = Quantized(*map(row_major, blocks))
+    due = (slots < size).ravel()
+    turns = jnp.argsort(~due)
 
     def write_block(i: Array, buffers: Quantized) -> Quantized:
-        row, number = i // count, i % count
-        slot = slots[row, number]
+        row, number = turns[i] // count, turns[i] % count
 
         def write_into(buffer: Array, update: Array, axis: int) -> Array:
             length = update.shape[axis] // count
-            starts = [jnp.zeros_like(i)] * buffer.ndim
+            starts, sizes = [jnp.zeros_like(row)] * buffer.ndim, list(update.shape)
             starts[0], starts[axis] = row, number * length
-            sizes = list(update.shape)
             sizes[0], sizes[axis] = 1, length
             block = jax.lax.dynamic_slice(update, starts, sizes)
-            starts[axis] = jnp.minimum(slot, size - 1) * length
-            old = jax.lax.dynamic_slice(buffer, starts, sizes)
-            return row_major(jax.lax.dynamic_update_slice(buffer, jnp.where(slot < size, block, old), starts))
+            starts[axis] = slots[row, number].astype(row.dtype) * length
+            return row_major(jax.lax.dynamic_update_slice(buffer, block, starts))
 
         return Quantized(*map(write_into, buffers, blocks, axes))
 
-    return jax.lax.fori_loop(0, slots.size, write_block, buffers)
+    return jax.lax.fori_loop(0, due.sum(), write_block, buffers)
 
 
 def _scatter_blocks(
@@ -244,10 +243,13 @@ def _scatter_chunk(ring: Array, tokens: Array, lengths: Array, counts: Array) ->
 def _set_chunk_in_turn(ring: Array, tokens: Array, lengths: Array, counts: Array) -> Array:
     size = ring.shape[2]
     width = min(tokens.shape[2], size)
+    due = counts > 0
+    rows = jnp.argsort(~due)
 
     def write_window(i: Array, ring: Array) -> Array:
         """From the first new token's slot on, or from slot 0, where the ring goes around."""
-        row, length = i // 2, lengths[i // 2]
+        row = rows[i // 2]
+        length = lengths[row]
         start = jnp.where(i % 2 == 0, jnp.minimum(slot_of(length, size), size - width), 0)
         first = slot_of(start + jnp.arange(width) - length, size)
         newest = first + jnp.maximum(counts[row] - 1 - first, 0) // size * size
@@ -258,7 +260,7 @@ def _set_chunk_in_turn(ring: Array, tokens: Array, lengths: Array, counts: Array
         written = (first < counts[row])[None, None, :, None]
         return row_major(jax.lax.dynamic_update_slice(ring, jnp.where(written, new, old), place))
 
-    return jax.lax.fori_loop(0, 2 * lengths.size, write_window, ring)
+    return jax.lax.fori_loop(0, 2 * due.sum(), write_window, ring)
 
 
 def set_tokens(

@@ -91,8 +91,8 @@ class Layer(abc.ABC):
 
     @abc.abstractmethod
     def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "Layer":
-        """Does what is due in `rows`, which now hold `lengths` tokens; several rows may include some beyond the batch,
-        which are left out.
+        """Does what is due in `rows`, which now hold `lengths` tokens. No two of them are the same; several may include
+        some beyond the batch, which are left out.
         """
 
     @abc.abstractmethod
@@ -116,7 +116,9 @@ class Layer(abc.ABC):
         return jax.tree.map(lambda array: take_rows(array, rows), self)
 
     def put_rows(self, layer: "Layer", rows: Int[Array, " N"]) -> "Layer":
-        """Replaces `rows` by the N rows of `layer`, of which those of negative rows, which come last, are left out."""
+        """Replaces `rows` by the N rows of `layer`. No two are the same but negative ones, which come last and are left
+        out.
+        """
         return put_rows(self, layer, rows)
 
     def partition_spec(self, rows: str | None, heads: str | None) -> "Layer":

@@ -47,7 +47,9 @@ class KVState:
         return dataclasses.replace(self, lengths=self.lengths[rows], layers=layers)
 
     def put_rows(self, state: "KVState", rows: Int[Array, " N"]) -> "KVState":
-        """Replaces `rows` by the N rows of `state`, of which those of negative rows, which come last, are left out."""
+        """Replaces `rows` by the N rows of `state`. No two are the same but negative ones, which come last and are left
+        out.
+        """
         layers = tuple(
             layer.put_rows(new, rows) for layer, new in zip(self.layers, state.layers, strict=True)
         )

@@ -1,8 +1,8 @@
-"""Decode attention on an NVIDIA GPU: two Pallas kernels a layer, one over items of work and one that merges them.
+"""Decode attention on an NVIDIA GPU: a Pallas kernel over items of work, and one that merges them.
 
 A row's stored tokens are cut into items, as many as fill the GPU, from the rows' lengths: its exact tokens (ring, sinks
 and new token) are one, and its packed ones some more. So one long row keeps the whole GPU busy, and so do many short
-ones. What is beyond a row's end is never read.
+ones. Of very many short rows each is one item, and nothing is merged. What is beyond a row's end is never read.
 """
 
 import functools
@@ -39,7 +39,7 @@ def decode_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B 1 Hq D"]:
-    """`api.decode_attention` as two kernels.
+    """`api.decode_attention` as two kernels, or one.
 
     Args:
         interpret: run anywhere, slowly.

@@ -179,12 +179,14 @@ def _add_tile(
         channels = piece * VALUE_CHANNELS + jnp.arange(VALUE_CHANNELS)
         codes = _read_codes(ref["v_codes"], item, words, channels, plan.value_bits, dtype)
         scales = _split(ref["v_scale"][item.row, item.head, group_of(plan, piece), places])
+        # Registers can't be indexed, so the pieces take turns to be the first, and are in order again after all passes.
         total, *others = weighted
         for probability, (halves, field), scale in zip(probabilities, codes, scales, strict=True):
             unpacked = unpack(halves, field, plan.value_bits, dtype, interpret)
             scale = negative(jnp.broadcast_to(scale[:, None], unpacked.shape), interpret)
             values = scaled(unpacked, scale, interpret)
             total += dot(values.T, probability)
+        # Triton reads ahead in no loop that hands on a variable as it is.
         return *(x + 0.0 for x in others), total
 
     weighted = jax.lax.fori_loop(0, len(sums.weighted), add_piece, sums.weighted)

@@ -16,12 +16,13 @@ TILE = WORDS * WORD_TOKENS
 # A program is a warp with up to 255 registers a thread, and a multiprocessor has 65536 (Ampere to Blackwell).
 WARPS_PER_MULTIPROCESSOR = 8
 MULTIPROCESSORS = 132  # an H100's, for programs that are compiled without a GPU
-CAPABILITY = 9.0  # the same
+CAPABILITY = 9.0  # an H100's, likewise
 ITEM_TILES = 0.75  # what it costs to begin, write and merge an item, in tiles
 # Programs in a round, as a multiple of those that run at once: where one ends early, another takes its place.
 AHEAD = 2
 MOST_ROUNDS = 2
 CANDIDATES = 64  # sizes of items that are compared
+WHOLE_TILES = 4  # most tiles of rows that are not divided: of many, a few long ones may be all that are left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Plan:
 
     @property
     def whole_rows(self) -> bool:
-        """Whether rows are so many that a program attends all tokens of one: nothing is left to merge."""
-        return self.batch * self.programs_of_item >= MOST_ROUNDS * programs_at_once()
+        """Whether rows are so many, and so short, that a program attends all of one: nothing is left to merge."""
+        many = self.batch * self.programs_of_item >= MOST_ROUNDS * programs_of_round()
+        return many and self.capacity <= WHOLE_TILES * TILE
 
     @property
     def programs_of_item(self) -> int:
@@ -81,12 +83,12 @@ def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], 
     batch = plan.batch
     most_tiles = -(-plan.capacity // TILE)
     per_item = plan.programs_of_item
-    at_once = programs_at_once()
-    most_packed = max(MOST_ROUNDS * at_once // per_item, batch)
+    of_round = programs_of_round()
+    most_packed = max(MOST_ROUNDS * of_round // per_item, batch)
     # Items are about equally long, so that programs which begin together end together.
     sizes = jnp.asarray(np.unique(np.geomspace(1, most_tiles, CANDIDATES).round()), jnp.int32)
     packed = (-(-tiles // sizes[:, None])).sum(1)
-    rounds = -(-packed * per_item // at_once)
+    rounds = -(-packed * per_item // of_round)
     cost = jnp.where(packed <= most_packed, rounds * (sizes + ITEM_TILES), jnp.inf)
     most_in_item = sizes[jnp.argmin(cost)]
     packed = -(-tiles // most_in_item)
@@ -113,8 +115,7 @@ def stages() -> int:
     return 4 if 9 <= (nvidia_capability() or CAPABILITY) < 12 else 3
 
 
-def programs_at_once() -> int:
-    """In a round."""
+def programs_of_round() -> int:
     device = jax.devices()[0]
     multiprocessors = device.core_count if device.platform == "gpu" else MULTIPROCESSORS
     return AHEAD * WARPS_PER_MULTIPROCESSOR * multiprocessors

@@ -170,7 +170,7 @@ def test_flush_works_on_the_due_rows_only():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("at_once", [[2], [3, 1], further([3]), further([8])])
+@pytest.mark.parametrize("at_once", [[2], [3, 2], further([3, 1]), further([8])])
 def test_rows_flushed_together_are_flushed_as_one_by_one(config, window, head_dim, at_once):
     """Some rows are due, whose blocks go to other slots, and there are fewer than a turn takes or more."""
     residual = config.residual_length

@@ -100,12 +100,6 @@ class Schedule:
 
     loops: tuple[Loop, ...]
 
-    @property
-    def main_loop(self) -> Loop:
-        """The loop, or the whole kernel if it has none, with the most work for tensor cores, or else the longest."""
-        loops = self.loops[1:] or self.loops
-        return max(loops, key=lambda loop: (loop.kinds.get("tensor", 0), loop.instructions))
-
 
 def read_schedule(sass: str) -> Schedule:
     """The schedule of the only kernel in the output of `nvdisasm --print-code`.

@@ -136,10 +136,11 @@ def test_so_many_rows_that_none_is_divided(config, shape, settings):
 
 @pytest.mark.usefixtures("gpu_of_one_program")
 def test_long_rows_begin_first():
-    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 5120, 0, None, False, batch=4)
-    work, of_rows = gpu_plan.list_work(jnp.asarray([300, 0, 5000, 900]), plan)
+    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 1024, 0, None, False, batch=4)
+    work, of_rows = gpu_plan.list_work(jnp.asarray([300, 0, 1100, 700]), plan)
     np.testing.assert_array_equal(work["rows"], [2, 3, 0, 1])
     assert (plan.whole_rows, of_rows) == (True, {})
+    assert not dataclasses.replace(plan, capacity=5120).whole_rows
 
 
 @pytest.mark.interpreted

@@ -148,31 +148,43 @@ def test_a_copied_array_is_seen():
     assert arrays_not_read(succeeded(result), KERNELS["llama-3"]) == {f"layer.{name}" for name in CHANGES}
 
 
-CHUNK = (2, 1024, 8, 128)
+CHUNK = (2, 1024, 8)  # rows, tokens, KV heads
 
 
-def appended_chunks(devices: Sequence[Any], kvs: Sequence[str]) -> Iterator[Program]:
-    chunk = jax.ShapeDtypeStruct(CHUNK, jnp.bfloat16)
+def appended_chunks(devices: Sequence[Any], kv: str, head_dim: int, window: int | None) -> Iterator[Program]:
+    chunk = jax.ShapeDtypeStruct((*CHUNK, head_dim), jnp.bfloat16)
     numbers = jax.ShapeDtypeStruct(CHUNK[:1], jnp.int32)
     append = jax.jit(lambda layer, *arguments: layer.append_chunk(*arguments), donate_argnums=0)
-    for kv in kvs:
-        yield Program(kv, append, (layer_of(kv), chunk, chunk, numbers, numbers))
+    layer = layer_of_chunk(kv, head_dim, window)
+    yield Program("append", append, (layer, chunk, chunk, numbers, numbers))
 
 
-def layer_of(kv: str) -> Layer:
-    batch, _, heads, head_dim = CHUNK
-    config = resolve_kv(kv, head_dim, 1)
-    return jax.eval_shape(lambda: empty_state(1, batch, heads, 32768, head_dim, config, jnp.bfloat16)).layers[
-        0
-    ]
+def layer_of_chunk(kv: str, head_dim: int, window: int | None) -> Layer:
+    batch, _, heads = CHUNK
+    shape = (1, batch, heads, 32768, head_dim, resolve_kv(kv, head_dim, 1), jnp.bfloat16, [window])
+    (layer,) = jax.eval_shape(lambda: empty_state(*shape)).layers
+    return layer
 
 
-@pytest.mark.parametrize("kv", ["bf16", "kivi2", "kivi4"])
-def test_a_chunk_is_appended_in_place(kv):
+@pytest.mark.parametrize(
+    ("kv", "head_dim", "window"),
+    [
+        ("bf16", 128, None),
+        ("bf16", 128, 4096),
+        ("kivi2", 128, None),
+        ("kivi2", 64, None),
+        ("kivi2-sinks", 128, 4096),
+        ("kivi4", 128, None),
+    ],
+)
+def test_a_chunk_is_appended_in_place(kv, head_dim, window):
     """XLA would copy all of a layer, there and back, for a scatter."""
-    compiled = succeeded(compile_programs("v5e", f"{__name__}:appended_chunks", kvs=[kv])[kv])
-    assert compiled.alias_bytes >= kv_bytes(layer_of(kv))
-    assert compiled.temporary_bytes <= 6 * 2 * 2 * math.prod(CHUNK)
+    case = {"kv": kv, "head_dim": head_dim, "window": window}
+    (compiled,) = compile_programs("v5e", f"{__name__}:appended_chunks", **case).values()
+    compiled = succeeded(compiled)
+    assert compiled.alias_bytes >= kv_bytes(layer_of_chunk(**case))
+    new = 2 * 2 * math.prod(CHUNK) * head_dim  # bytes of new keys and values
+    assert compiled.temporary_bytes <= 6 * new
 
 
 def test_main_loop_stays_cheap():
