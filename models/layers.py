@@ -1,5 +1,6 @@
 """Layers shared by the model families: linear layers, embeddings, grouped-query attention, gated feed-forward."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from kivi_jax.models.rope import Angles, rotate
 # The caller of a model decides what attention sees and what is stored; a model never touches the KV state itself.
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
-ROWS_APART = 512  # from so many on, a GPU multiplies rows with one kernel at a time
+MANY_ROWS = 512  # from so many on, it matters what a GPU does besides multiplying them
 
 normal_init = nnx.initializers.normal(0.02)
 
@@ -24,8 +25,9 @@ class Linear(nnx.Module):
     """`x · kernelᵀ + bias` in one dtype, summed in float32.
 
     The kernel is `[outputs, inputs]`, as in checkpoints. With this order and float32 sums, XLA's CPU backend multiplies
-    bfloat16 directly; otherwise it keeps float32 copies of all weights beside the decode loop. A GPU sums in float32
-    whatever it writes, and would write sums that are asked for, to read and round them in another kernel.
+    bfloat16 directly; otherwise it keeps float32 copies of all weights beside the decode loop. A GPU writes sums that
+    are asked for, and rounds them in another kernel; products of many rows, which it sums in float32 in any case, are
+    written rounded.
 
     Args:
         partial_sums: whether the devices of a mesh split the inputs. What they write is summed then, and rounded after.
@@ -44,7 +46,7 @@ class Linear(nnx.Module):
         if hasattr(self, "bias"):
             y = project(x, kernel)
             return (y + self.bias[...].astype(y.dtype)).astype(x.dtype)
-        if x.dtype == jnp.float32 or self.partial_sums:
+        if x.dtype == jnp.float32 or self.partial_sums or _number_of_rows(x) < MANY_ROWS:
             return _project_and_round(x, kernel)
         return jax.lax.platform_dependent(x, kernel, cuda=_project_at_once, default=_project_and_round)
 
@@ -158,9 +160,13 @@ def _apart(x: Float[Array, "*batch inputs"], times: int) -> Sequence[Float[Array
     rows, that array takes longer to make than it saves.
     """
     same = (x,) * times
-    if x.size // x.shape[-1] < ROWS_APART:
+    if _number_of_rows(x) < MANY_ROWS:
         return same
     return jax.lax.platform_dependent(*same, cuda=_as_others, default=_as_they_are)
+
+
+def _number_of_rows(x: Float[Array, "*batch inputs"]) -> int:
+    return math.prod(x.shape[:-1])
 
 
 def _as_others(*arrays: Array) -> tuple[Array, ...]:
