@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_decode_loop_updates_an_unquantized_state_in_place():
     case = LOOP | {"kv": "bf16"}
     (result,) = compile_programs(ALL, "tools.offline.decode_programs:decode_loops", cases={"": case}).values()
     check_memory(succeeded(result), loop_state(**case))
+
+
+@pytest.mark.parametrize(("batch", "merged"), [(16, True), (512, False)])
+def test_kernels_of_one_input_are_multiplied_apart_if_rows_are_many(batch, merged):
+    """XLA copies the kernels for one product of them; 8 query heads and 4 of keys and of values have 2048 outputs."""
+    case = LOOP | {"batch": batch, "capacity": 512}
+    (result,) = compile_programs(ALL, "tools.offline.decode_programs:decode_loops", cases={"": case}).values()
+    products = [
+        line
+        for line in succeeded(result).hlo.splitlines()
+        if re.search(rf"= \w+\[(\d,)?{batch},2048\]", line)
+    ]
+    assert bool(products) == merged
 
 
 @pytest.mark.parametrize("kv", ["kivi2", "bf16"])
