@@ -11,8 +11,6 @@ JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5p-8 TPU_WORKER_HOS
 """
 
 import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import jax
@@ -87,15 +85,19 @@ def prefill_temporaries(
     tokens = jax.ShapeDtypeStruct((batch, prompt), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
     rows = jax.eval_shape(lambda: greedy_rows(batch, 1))
-    settings = {"capacity": capacity, "kv": resolve_kv(kv, config.head_dim, config.num_layers)}
-    settings |= {"max_new_tokens": 1, "prefill_chunk": prefill_chunk}
-    memory = _compiled_memory(start_decoding, (params, tokens, lengths, rows), topology, settings)
+    memory = _compiled_memory(
+        start_decoding,
+        (params, tokens, lengths, rows),
+        topology,
+        capacity=capacity,
+        kv=resolve_kv(kv, config.head_dim, config.num_layers),
+        max_new_tokens=1,
+        prefill_chunk=prefill_chunk,
+    )
     return memory.temp_size_in_bytes
 
 
-def _compiled_memory(
-    function: Any, arguments: Any, topology: str | None, settings: Mapping[str, Any] = MappingProxyType({})
-) -> Any:
+def _compiled_memory(function: Any, arguments: Any, topology: str | None, **settings: Any) -> Any:
     if topology is None:
         lowered = function.lower(*arguments, **settings)
     else:

@@ -35,7 +35,7 @@ class Case:
         capacity: tokens that a row can hold.
         sliding_window: of the layer.
         alibi: whether scores have position biases.
-        times: how often every row is in the batch; of so many rows, none is divided among programs.
+        times: how often every row is in the batch. More than once, no row is divided among programs: so many are they.
     """
 
     shape: tuple[int, int, int]
@@ -82,7 +82,8 @@ def first() -> Iterator[Case]:
     for shape in (LLAMA3, LLAMA2, FALCON):
         yield Case(shape, kivi2)
     yield Case(LLAMA3, KVConfig(4, 4))
-    yield Case(LLAMA2, dataclasses.replace(kivi2, residual_length=32), times=MANY // LLAMA2[1])
+    kv = dataclasses.replace(kivi2, residual_length=32)
+    yield Case(LLAMA2, kv, capacity=1000, times=MANY // LLAMA2[1])
 
 
 def whole() -> Iterator[Case]:
@@ -154,7 +155,7 @@ def row_errors(case: Case, kernel: str) -> dict[int, float]:
     new = [x[copies, None] for x in (q, k, v)]
     attend = attend.lower(*new, layer.take_rows(copies), state.lengths[copies]).compile()
     if case.times > 1 and "kivi_merge" in attend.as_text():
-        raise RuntimeError(f"{rows * case.times} rows are divided among programs; more of them would not be")
+        raise RuntimeError(f"{rows * case.times} rows of {case.capacity} tokens are divided among programs")
     out = np.asarray(attend(*new, layer.take_rows(copies), state.lengths[copies])[:, 0], np.float64)
     out = out.reshape(case.times, *expected.shape)
     errors = (((out - expected) ** 2).sum((2, 3)) / (expected**2).sum((1, 2))).max(0)

@@ -15,11 +15,15 @@ from benchmarks.gpu import benchmark as gpu_benchmark
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.attention import Case, attended_bytes, cache_shapes, chain, contestants, random_like
+from benchmarks.gpu.correctness import GRIDS
 from benchmarks.gpu.plan import SMOKE
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.worker import WorkerError, work
 from kivi_jax.kv import kv_bytes
 from kivi_jax.kv.dense import DenseLayer
+from kivi_jax.kv.state import empty_state
+from kivi_jax.pallas_kernels.decode_attention.gpu import decode_attention
+from kivi_jax.pallas_kernels.heads import Heads
 from tools.oracle.numpy_kivi import softmax_attention
 
 TINY = Case((4, 2, 64), 2, 300)
@@ -268,6 +272,18 @@ def test_a_failure_replaces_no_result(tmp_path):
     results.add(record | {"tokens": 2048, "milliseconds": 6})
     times = {record["tokens"]: record["milliseconds"] for record in Results.read(results.path).records}
     assert times == {512: 1, 1024: 5, 2048: 6}
+
+
+@pytest.mark.parametrize("case", [*GRIDS["first"](), *GRIDS["whole"]()], ids=lambda case: case.name)
+def test_rows_of_correctness_are_divided_unless_they_are_there_many_times(case):
+    query_heads, heads, head_dim = case.shape
+    rows = case.times * len(case.lengths)
+    shape = (1, rows, heads, case.capacity, head_dim, case.kv, case.dtype, [case.sliding_window])
+    (layer,) = jax.eval_shape(lambda: empty_state(*shape)).layers
+    q, k = (jax.ShapeDtypeStruct((rows, 1, n, head_dim), case.dtype) for n in (query_heads, heads))
+    attend = functools.partial(decode_attention, heads=Heads(case.slopes), interpret=True)
+    traced = jax.make_jaxpr(attend)(q, k, k, layer, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    assert ("kivi_merge" in str(traced)) == (case.times == 1)
 
 
 def test_workers_that_fail_or_last_too_long():
