@@ -12,8 +12,10 @@ from jaxtyping import Bool, Float, Int
 
 from kivi_jax.kv.buffers import finite, once_computed
 from kivi_jax.kv.layer import Layer
-from kivi_jax.pallas_kernels.decode_attention.api import Implementation, decode_attention
+from kivi_jax.pallas_kernels.chunk_attention.api import chunk_attention
+from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 from kivi_jax.pallas_kernels.decode_attention.in_parallel import decode_attention_in_parallel
+from kivi_jax.pallas_kernels.dispatch import Implementation
 from kivi_jax.pallas_kernels.heads import Heads
 from kivi_jax.pallas_kernels.prefill_attention.api import prefill_attention
 
@@ -68,6 +70,7 @@ def _once_stored(
 
 
 def attend_chunk(
+    implementation: Implementation,
     q: Float[Array, "B T Hq D"],
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H D"],
@@ -77,7 +80,7 @@ def attend_chunk(
     counts: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T Hq D"], Layer]:
     """`counts` new tokens attend themselves and the `lengths` stored ones, and are appended."""
-    out = decode_attention(q, k, v, layer, lengths, heads, "xla")
+    out = chunk_attention(q, k, v, layer, lengths, counts, heads, implementation)
     counts = jnp.where(once_computed(counts > 0, out), counts, 0)
     longer = layer.append_chunk(finite(k), finite(v), lengths, counts)
     return _once_stored(out, (layer,), (longer,)), longer

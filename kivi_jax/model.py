@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from kivi_jax.models.decoder import Decoder
 from kivi_jax.models.registry import Config, abstract_model
 from kivi_jax.models.sharding import DATA_AXIS
-from kivi_jax.pallas_kernels.decode_attention.api import Implementation
+from kivi_jax.pallas_kernels.dispatch import Implementation
 from kivi_jax.partition import Partition, make_partition
 from kivi_jax.promotion import with_usual_promotion
 

@@ -338,7 +338,11 @@ def _extend(
     state: KVState,
 ) -> tuple[Float[Array, "B vocab"], KVState]:
     tokens, lengths = partition.place((tokens, lengths))
-    attend = functools.partial(partition.attend, attend_chunk, (state.lengths, lengths))
+    attend = functools.partial(
+        partition.attend,
+        functools.partial(attend_chunk, params.decode_attention),
+        (state.lengths, lengths),
+    )
     logits, layers = _run_chunk(params, tokens, state.lengths, lengths, state.layers, attend)
     counts = jnp.where(once_computed(lengths > 0, logits), lengths, 0)
     return logits, dataclasses.replace(state, lengths=state.lengths + counts, layers=layers)

@@ -15,8 +15,10 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import kivi_jax
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
-from kivi_jax.pallas_kernels.decode_attention import api, gpu
-from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
+from kivi_jax.pallas_kernels import dispatch
+from kivi_jax.pallas_kernels.chunk_attention.api import chunk_attention
+from kivi_jax.pallas_kernels.decode_attention import gpu
+from kivi_jax.pallas_kernels.decode_attention.api import KERNELS, decode_attention
 from kivi_jax.pallas_kernels.heads import Heads
 from tests.tiny_checkpoint import write_checkpoint
 
@@ -42,6 +44,10 @@ def on_an_h100():
     """For what asks for the GPU that it is lowered for; JAX 0.10 does not, and assumes that one."""
     device = AbstractDevice("NVIDIA H100", 132, "gpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def fitting_platforms(q, layer):
+    return [kernel.platform for kernel in dispatch.fitting_kernels("it", KERNELS, q, layer)]
 
 
 def lower(platform, *arguments, **options):
@@ -92,15 +98,15 @@ def test_other_gpus_run_xla(monkeypatch, kind, capability):
     q, _, _, layer, _ = arguments()
     monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    api._warn_of_fallback.cache_clear()
+    dispatch._warn_of_fallback.cache_clear()
     with pytest.warns(UserWarning, match=f"compute capability 8.0, and {kind} has {capability}"):
-        assert [kernel.platform for kernel in api._fitting_kernels(q, layer)] == ["tpu"]
+        assert fitting_platforms(q, layer) == ["tpu"]
 
 
 def test_without_the_triton_lowering(monkeypatch):
     monkeypatch.setattr(gpu, "gpu_kernel", None)
     q, _, _, layer, _ = arguments()
-    assert [kernel.platform for kernel in api._fitting_kernels(q, layer)] == ["tpu"]
+    assert fitting_platforms(q, layer) == ["tpu"]
     with pytest.raises(NotImplementedError, match="Triton"):
         gpu.check_supported(q, layer)
 
@@ -108,7 +114,7 @@ def test_without_the_triton_lowering(monkeypatch):
 @pytest.fixture
 def on_a_tpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    api._warn_of_fallback.cache_clear()
+    dispatch._warn_of_fallback.cache_clear()
     jax.clear_caches()  # it warns while tracing
 
 
@@ -145,10 +151,6 @@ def test_the_kernel_asked_for_says_what_it_does_not_take(platform, kernel):
         lower(platform, *arguments(dtype=jnp.float32), implementation=kernel)
     with pytest.raises(NotImplementedError, match="quantized layers only"):
         lower(platform, *arguments("bf16"), implementation=kernel)
-    *qkv, layer, lengths = arguments()
-    several = (jnp.repeat(x, 3, axis=1) for x in qkv)
-    with pytest.raises(NotImplementedError, match="one new token a row, not 3"):
-        lower(platform, *several, layer, lengths, implementation=kernel)
 
 
 def test_unknown_implementation(monkeypatch):
@@ -163,7 +165,12 @@ def test_heads_of_one_kv_head(kv, new):
     """They attend what they attend among all heads."""
     *qkv, layer, lengths = arguments(kv, dtype=jnp.float32)
     q, k, v = (jnp.concatenate([x, -x], axis=1)[:, :new] for x in qkv)
-    attend = jax.jit(decode_attention)
+
+    def attend(*arguments):
+        if new == 1:
+            return jax.jit(decode_attention)(*arguments)
+        return jax.jit(chunk_attention)(*arguments[:5], jnp.full(2, new), *arguments[5:])
+
     whole = attend(q, k, v, layer, lengths)
     part = attend(q[:, :, 4:6], k, v, layer, lengths, Heads(kv_heads=1, first_kv_head=jnp.int32(2)))
     np.testing.assert_allclose(part, whole[:, :, 4:6], atol=1e-6)

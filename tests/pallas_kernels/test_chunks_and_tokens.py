@@ -8,6 +8,7 @@ import pytest
 from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
+from kivi_jax.pallas_kernels.chunk_attention.api import chunk_attention
 from kivi_jax.pallas_kernels.decode_attention import xla
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 from kivi_jax.pallas_kernels.heads import Heads
@@ -45,7 +46,8 @@ class Rows:
         """Adds `counts` tokens to the rows and compares what they attend; returns nothing."""
         counts = np.asarray(counts, np.int32)
         q, k, v = self.random(QUERY_HEADS, length) / 4, self.random(HEADS, length), self.random(HEADS, length)
-        out = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), self.layer, jnp.asarray(self.lengths))
+        lengths = jnp.asarray(self.lengths), jnp.asarray(counts)
+        out = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), self.layer, *lengths)
         self.layer = store(
             self.layer, jnp.asarray(k), jnp.asarray(v), jnp.asarray(self.lengths), jnp.asarray(counts)
         )
@@ -56,6 +58,11 @@ class Rows:
                 where = f"row {row}, {count} tokens after {self.lengths[row]}"
                 np.testing.assert_allclose(out[row, :count], expected, atol=2e-5, err_msg=where)
         self.lengths += counts
+
+
+@jax.jit
+def attend_one(q, k, v, layer, lengths, counts):
+    return decode_attention(q, k, v, layer, lengths)
 
 
 @jax.jit
@@ -99,12 +106,12 @@ def test_any_way_in_and_any_window_follows_the_rules(config, sliding_window):
     if not config.quantized:
         for lists in rows.lists:
             lists.residual_length = CAPACITY  # never reached, so all stays exact
-    rows.feed(PROMPT, LENGTH, jax.jit(decode_attention), store_first)
+    rows.feed(PROMPT, LENGTH, jax.jit(chunk_attention), store_first)
     for counts in CHUNKS:
-        rows.feed(counts, LENGTH, jax.jit(decode_attention), store_chunk)
+        rows.feed(counts, LENGTH, jax.jit(chunk_attention), store_chunk)
     for step in range(STEPS):
         counts = [1, 1, step % 2, int(step != 3)]
-        rows.feed(counts, 1, jax.jit(decode_attention), store_one)
+        rows.feed(counts, 1, attend_one, store_one)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +125,8 @@ def test_chunks_are_attended_in_blocks(monkeypatch, config):
     if not config.quantized:
         for lists in rows.lists:
             lists.residual_length = CAPACITY
-    rows.feed(PROMPT, LENGTH, jax.jit(decode_attention), store_first)
-    rows.feed(CHUNKS[0], LENGTH, jax.jit(decode_attention), store_chunk)
+    rows.feed(PROMPT, LENGTH, jax.jit(chunk_attention), store_first)
+    rows.feed(CHUNKS[0], LENGTH, jax.jit(chunk_attention), store_chunk)
     jax.clear_caches()
 
 
@@ -143,7 +150,10 @@ def test_position_biases(sliding_window):
         for new in (20, 1):
             tokens = slice(280, 280 + new)
             given = (jnp.asarray(x[:, tokens]) for x in (q, k, v))
-            out = decode_attention(*given, layer, lengths, Heads(slopes))
+            if new == 1:
+                out = decode_attention(*given, layer, lengths, Heads(slopes))
+            else:
+                out = chunk_attention(*given, layer, lengths, jnp.asarray([new]), Heads(slopes))
             np.testing.assert_allclose(out[0], expected[:, tokens].swapaxes(0, 1), atol=2e-6)
 
 
@@ -155,5 +165,6 @@ def test_chunk_makes_no_matrix_of_all_scores():
         layer = jax.eval_shape(lambda kv=kv: empty_state(1, 1, 8, 16384, 64, kv, jnp.float32).layers[0])
         q, k = (jax.ShapeDtypeStruct((1, 256, heads, 64), jnp.float32) for heads in (32, 8))
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-        memory = jax.jit(decode_attention).lower(q, k, k, layer, lengths).compile().memory_analysis()
+        program = jax.jit(chunk_attention).lower(q, k, k, layer, lengths, lengths)
+        memory = program.compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.25 * (32 * 256 * 16384 * 4)
