@@ -73,7 +73,7 @@ def check(
     ]
     assert out.dtype == dtype
     expected = oracle(q, k, v, state, sliding_window, slopes)
-    _compare(out, expected, [f"row of {length} tokens" for length in lengths], nmse)
+    compare(out, expected, [f"row of {length} tokens" for length in lengths], nmse)
 
 
 def check_some_kv_heads(decode_attention: Callable, config):
@@ -92,10 +92,10 @@ def check_some_kv_heads(decode_attention: Callable, config):
     for first in (0, 2, 6):
         heads = slice(2 * first, 2 * first + 4)
         names = [f"row {row}, KV heads from {first} on" for row in range(3)]
-        _compare(attend(q[:, heads], first), expected[:, heads], names, NMSE)
+        compare(attend(q[:, heads], first), expected[:, heads], names, NMSE)
 
 
-def _compare(out, expected, names, nmse):
+def compare(out, expected, names, nmse):
     for name, row, right in zip(names, np.asarray(out, np.float64), expected, strict=True):
         error = ((row - right) ** 2).sum() / (right**2).sum()
         assert error <= nmse, f"{name}: normalised MSE {error:.1e}"
