@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.alibi import Slopes
+from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES
 from kivi_jax.pallas_kernels.decode_attention.tpu_kernel import scratch_buffers, step
-from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan, make_plan
-from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES
+from kivi_jax.pallas_kernels.decode_attention.tpu_plan import SET, Plan, make_plan
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 HEAD_DIMS = (64, 128, 256)
@@ -55,12 +55,12 @@ def decode_attention(
     work, steps = _list_work(lengths, plan)
     out = pl.pallas_call(
         functools.partial(step, plan=plan, names=names, interpret=interpret),
-        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, plan.rows, head_dim), q.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, plan.sets * SET, head_dim), q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(kv_heads // plan.heads, steps),
             in_specs=[spec for _, spec in inputs.values()],
-            out_specs=pl.BlockSpec((None, plan.heads, plan.rows, head_dim), _of_row),
+            out_specs=pl.BlockSpec((None, plan.heads, plan.sets * SET, head_dim), _of_row),
             scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
@@ -71,7 +71,7 @@ def decode_attention(
         jnp.asarray(heads.first_kv_head, jnp.int32).reshape(1) // plan.heads,
         *(array for array, _ in inputs.values()),
     )
-    out = out[:, :, :shared].reshape(q.shape)
+    out = out[:, :, :: SET // plan.set_heads][:, :, :shared].reshape(q.shape)
     # Rows without tokens had no step.
     return jnp.where((lengths > 0)[:, None, None], out, jnp.repeat(v, shared, axis=1))[:, None]
 
@@ -108,22 +108,23 @@ def _inputs(plan: Plan, q: Array, k: Array, v: Array, alibi_slopes: Slopes | Non
     kv_heads = k.shape[1]
 
     def by_kv_head(x: Array) -> Array:  # [B, Hq, ...] -> [B, H, rows, ...]
-        x = x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, plan.copy_rows - x.shape[2])] + [(0, 0)] * (x.ndim - 3))
-        return jnp.concatenate([x] * plan.copies, axis=2)
+        x = x.reshape(x.shape[0], kv_heads, plan.shared, -1)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, plan.sets * plan.set_heads - plan.shared), (0, 0)))
+        x = x.reshape(*x.shape[:2], plan.sets, plan.set_heads, 1, x.shape[3])
+        x = jnp.pad(x, ((0, 0),) * 4 + ((0, SET // plan.set_heads - 1), (0, 0)))
+        x = x.reshape(*x.shape[:3], 1, SET, x.shape[5])
+        return jnp.concatenate([x, x], axis=3).reshape(*x.shape[:2], plan.rows, x.shape[5])
 
     def with_spec(x: Array) -> tuple[Array, pl.BlockSpec]:
         return x, pl.BlockSpec((None, plan.heads, *x.shape[2:]), _of_row)
 
     queries = by_kv_head(q)
-    if plan.keys.halves == 2:
-        zeros = jnp.zeros_like(queries)
-        first = jnp.concatenate([queries, zeros], axis=3)
-        queries = jnp.concatenate([first, jnp.concatenate([zeros, queries], axis=3)], axis=2)
+    # For products with zeros and scales side by side, whose sum is that with what the middle code decodes to.
+    queries = jnp.concatenate([queries, queries * plan.keys.middle_code], axis=3)
     inputs = {"q": with_spec(queries), "new": with_spec(jnp.stack([k, v], axis=2))}
     if alibi_slopes is not None:
         slopes = by_kv_head(jnp.asarray(alibi_slopes, jnp.float32)[None])[0]
-        slopes = jnp.broadcast_to(slopes[..., None], (*slopes.shape, LANES))
+        slopes = jnp.broadcast_to(slopes, (*slopes.shape[:2], LANES))
         spec = pl.BlockSpec((plan.heads, plan.rows, LANES), lambda head, *_: (head, 0, 0))
         inputs["slopes"] = slopes, spec
     return inputs

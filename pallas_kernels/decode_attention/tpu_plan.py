@@ -3,23 +3,38 @@
 import dataclasses
 import math
 
+from jax import Array
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Int32
 
 from kivi_jax.kv.quantized import QuantizedLayer
-from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES, ROWS_16_BIT, SUBLANES, Tiles
+from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES, SUBLANES, Tiles
 
 LOG2_E = math.log2(math.e)
-# Queries times tokens in a pass of the main loop: enough that the latencies of one head hide behind the others' work,
+# Query heads whose numbers are the four bytes of a row of words.
+SET = 4
+# Rows of products for the queries of a set and the channel groups on their bytes.
+ROWS_OF_HALF = 4 * SET
+# Most query heads of a KV head; more of them would wait for the vector units.
+MOST_QUERIES = 2 * SET
+# Key groups in a pass of the main loop, the rows of a register of 16-bit scales.
+SPAN_GROUPS = 16
+# Tokens in a pass of the main loop, over its heads: enough that the latencies of one head hide behind the others' work,
 # and not so much that registers spill (docs/tpu.md).
-UNIT = 8 * 2048
-# A KV head with fewer queries counts as this many: the work that doesn't depend on their number then dominates.
-UNIT_ROWS = 4
-# Passes of the main loop in a grid step, whose own overhead costs about one pass.
-UNITS = 8
-# Most tokens of a grid step, over all its heads. VMEM holds a step's inputs twice.
-STEP_TOKENS = 2**14
-# Most bytes of a grid step's rings, which VMEM holds twice like all inputs.
+PASS_TOKENS = 4096
+# Heads whose softmax begins, or ends, at a time.
+HEADS_AT_ONCE = 4
+# Passes of the main loop in a grid step, whose own overhead costs about three.
+PASSES = 8
+# Most bytes of a grid step's packed tokens, which VMEM holds twice like all inputs.
+STEP_BYTES = 7 * 2**19
+# And of its rings.
 RING_BYTES = 2 * 2**20
+# Numbers of fixed point, whose two bytes are pieces for the matrix unit, are at most this.
+MOST_FIXED = 127 * 256
+TINY = 1e-30  # instead of no scale at all, for the factor to a number of fixed point
+# What 32-bit sums of products with codes, which are at least -128, can hold.
+MOST_SUM, MOST_CODE = 2**31 - 1, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,28 +43,24 @@ class Plan:
 
     Attributes:
         keys, values: the packed tiles.
-        rows: queries of a KV head, padded to whole registers.
-        copies: number of replicas of the queries in `rows`: with `fold`, few queries fill a register several times.
-        fold: whether the scales of keys are applied to the queries, with rows for each group, or to the unpacked codes.
-        bfloat16_units: whether the vector units compute in bfloat16.
-        product_tiles: tiles in one product, as many as it takes for their keys to fill the matrix unit.
+        shared: query heads of a KV head.
+        wide: whether a matrix unit takes the keys of two tiles at once.
         span: tokens of each head in a pass of the main loop.
         heads: KV heads in a grid step.
         unroll: KV heads in a pass of the main loop, so that one's latencies hide behind another's work.
+        interleaved: heads that a pass takes through one stage of the pipeline before the next.
         block: tokens of a row in a grid step.
         capacity: packed tokens that a row can hold.
     """
 
     keys: Tiles
     values: Tiles
-    rows: int
-    copies: int
-    fold: bool
-    bfloat16_units: bool
-    product_tiles: int
+    shared: int
+    wide: bool
     span: int
     heads: int
     unroll: int
+    interleaved: int
     block: int
     capacity: int
     residual: int
@@ -62,41 +73,63 @@ class Plan:
         return self.keys.head_dim
 
     @property
+    def sets(self) -> int:
+        """Sets of query heads. Each is a register of 4 rows twice, for two strips of 128 tokens."""
+        return -(-self.shared // SET)
+
+    @property
+    def rows(self) -> int:
+        return self.sets * SUBLANES
+
+    @property
+    def used_rows(self) -> range:
+        """The rows of a set with query heads: as its bytes are packed, the first, the first and the third, or all."""
+        return range(0, SET, SET // self.set_heads)
+
+    @property
+    def set_heads(self) -> int:
+        """Query heads in a set; more than two are padded to four."""
+        return self.shared if self.shared <= 2 else SET
+
+    @property
+    def heads_at_once(self) -> int:
+        """Heads of a step that are begun at a time, or ended."""
+        return max(count for count in range(1, HEADS_AT_ONCE + 1) if self.heads % count == 0)
+
+    @property
     def channel_groups(self) -> int:
         return self.head_dim // self.values.group_size
+
+    @property
+    def strip_groups(self) -> int:
+        """Channel groups that a strip, which is a tile or the half of one, has on a register's lanes."""
+        return LANES // self.values.group_size // self.values.halves
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of strips of 128 tokens in a span."""
+        return self.span // (2 * LANES)
+
+    @property
+    def weighted_rows(self) -> int:
+        """Rows of products of probabilities and values, for the queries of a set."""
+        return ROWS_OF_HALF * self.values.halves
+
+    @property
+    def most_fixed(self) -> int:
+        """Most that a weighted scale of values is as a number of fixed point, so that no sum over a span overflows."""
+        return min(MOST_FIXED, MOST_SUM // (MOST_CODE * self.span))
+
+    def places(self, tiles: Tiles, pair: int) -> list[Int32[Array, "sublanes lanes"]]:
+        """The places in a span that a pair of strips has on its lanes, for each strip."""
+        strips = (divmod(2 * pair + i, tiles.halves) for i in range(2))
+        return [tiles.token_of_lane(half) + tile * tiles.tokens for tile, half in strips]
 
     @property
     def ring_on_lanes(self) -> bool:
         """Whether XLA stores a ring's tokens along the lanes: where its channels would leave more of them empty."""
         across = -(-self.residual // LANES) * LANES * self.head_dim
         return across < self.residual * -(-self.head_dim // LANES) * LANES
-
-    @property
-    def slots(self) -> int:
-        """Value groups on a register's lanes: channel groups, or at D = 64 those of both halves."""
-        return LANES // self.values.group_size
-
-    @property
-    def scale_repeats(self) -> int:
-        """Buffer rows of a key group's scale: one for each row it applies to, or one for an even and an odd row."""
-        if self.fold:
-            return self.copy_rows // 2
-        return self.keys.scale_repeats // (1 if self.bfloat16_units else 2)
-
-    @property
-    def copy_rows(self) -> int:
-        """Rows in a copy."""
-        return self.rows // self.copies
-
-    @property
-    def row_repeats(self) -> int:
-        """Rows of a buffer with what all rows of a copy share; a single one is broadcast when it is read."""
-        return 1 if self.copies == 1 else self.copy_rows
-
-    @property
-    def query_scale(self) -> float:
-        """The scale of queries in products with unpacked codes, whose step is the tile's `unit`."""
-        return self.score_scale / self.keys.unit
 
     @property
     def score_scale(self) -> float:
@@ -109,34 +142,29 @@ def make_plan(layer: QuantizedLayer, shared: int, kv_heads: int, alibi: bool) ->
     config = layer.config
     residual, head_dim = config.residual_length, layer.window_k.shape[3]
     keys, values = (Tiles(bits, config.group_size, head_dim) for bits in (config.key_bits, config.value_bits))
-    rows = -(-shared // SUBLANES) * SUBLANES
     generation, cores = _chip()
-    fold = rows == SUBLANES and keys.halves == 1
-    # A copy has an even number of rows, and a group of its own in every tile.
-    copy_rows = max(2, 2 ** (shared - 1).bit_length())
-    copies = min(SUBLANES // copy_rows, keys.groups) if fold else 1
-    # A span's scales of keys fill a register of 16-bit numbers, or two if one head alone has to keep the units busy.
-    span = ROWS_16_BIT * config.group_size * (2 if rows > SUBLANES else 1)
+    span = SPAN_GROUPS * config.group_size
     fitting = max(RING_BYTES // (2 * residual * max(head_dim, LANES) * 2), 1)
     most = min(fitting, 16, max(kv_heads // cores, 1))
     heads = max(count for count in range(1, most + 1) if kv_heads % count == 0)
-    most = max(UNIT // (max(rows // copies, UNIT_ROWS) * span), 1)
+    most = max(PASS_TOKENS // span, 1)
     unroll = max(count for count in range(1, min(most, heads) + 1) if heads % count == 0)
     capacity = layer.blocks * residual
-    # Rows are read in whole blocks, which therefore stay well below the capacity.
-    most = max(min(min(UNITS * unroll, STEP_TOKENS // span) // heads, capacity // (4 * span)), 1)
+    packed = sum(x.size * x.dtype.itemsize for x in (*layer.keys, *layer.values))
+    bytes_of_span = packed * span // (layer.window_k.shape[0] * layer.num_kv_heads * capacity)
+    # Rows are read in whole blocks, which therefore stay below the capacity.
+    fitting = min(PASSES * unroll // heads, STEP_BYTES // (bytes_of_span * heads), capacity // (2 * span))
+    spans = 2 ** (max(fitting, 1).bit_length() - 1)
     return Plan(
         keys=keys,
         values=values,
-        rows=rows,
-        copies=copies,
-        fold=fold,
-        bfloat16_units=generation >= 6,
-        product_tiles=2 if generation >= 6 else 1,
+        shared=shared,
+        wide=generation >= 6,
         span=span,
         heads=heads,
         unroll=unroll,
-        block=span * 2 ** (most.bit_length() - 1),
+        interleaved=4 if generation >= 6 else unroll,
+        block=span * spans,
         capacity=capacity,
         residual=residual,
         sinks=config.sink_tokens,

@@ -1,26 +1,46 @@
 """Matrix products, and operations on lanes and rows of a TPU's vector registers, for the decode kernel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES
+from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES, SUBLANES
+
+HALF = SUBLANES // 2
 
 
 def iota(size: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
 
 
-def dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+def sublane_iota() -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
 
 
-def dot_transposed(a: Array, b: Array) -> Array:
+def lane_iota() -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+
+
+def by_half(first: Array, second: Array) -> Array:
+    """The first four rows of one, the last four of another."""
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, first.shape, 0) < HALF, first, second)
+
+
+def swap_halves(x: Array) -> Array:
+    """Of a register's rows."""
+    return pltpu.roll(x, HALF, axis=0)
+
+
+def dot(a: Array, b: Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Array:
+    return jnp.dot(a, b, preferred_element_type=dtype)
+
+
+def dot_transposed(a: Array, b: Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Array:
     """a · bᵀ"""
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def split_lanes(x: Array) -> list[Array]:
@@ -32,7 +52,7 @@ def take_lanes(x: Array, lanes: Array) -> Array:
     return jnp.take_along_axis(x, lanes, axis=1, mode="promise_in_bounds")
 
 
-def take_ordered(x: Array, source: Callable[[int], Array]) -> Array:
+def take_ordered(x: Array, source: Callable[[int], Array]) -> list[Array]:
     """Reorders the lanes of `x`, one or two registers wide: register i takes the lanes `source(i)` of `x`."""
     columns = split_lanes(x)
     ordered: list[Array] = []
@@ -40,29 +60,15 @@ def take_ordered(x: Array, source: Callable[[int], Array]) -> Array:
         lanes = jnp.broadcast_to(source(i)[:1], columns[0].shape)
         taken = [take_lanes(column, lanes & (LANES - 1)) for column in columns]
         ordered.append(taken[0] if len(taken) == 1 else jnp.where(lanes < LANES, taken[0], taken[1]))
-    return jnp.concatenate(ordered, axis=1)
+    return ordered
 
 
-def tile_rows(x: Array, rows: int) -> Array:
-    return jnp.concatenate([x] * (rows // x.shape[0]), axis=0)
-
-
-def pack_rows(even: Array, odd: Array, interpret: bool) -> Array:
-    """Words whose halves are `even` and `odd` as bfloat16; bitcast to bfloat16, they are rows in turn."""
+def pack_bfloat16(low: Array, high: Array, interpret: bool) -> Array:
+    """Words whose halves are the two numbers, which are bfloat16 already."""
     if interpret:  # the interpreter lacks the instruction
-        rows = jnp.stack([even, odd], axis=1).reshape(2 * even.shape[0], even.shape[1])
-        return pltpu.bitcast(rows.astype(jnp.bfloat16), jnp.int32)
-    return pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16)
-
-
-def unpack_rows(words: Array, interpret: bool) -> list[Array]:
-    """The even and the odd rows of packed words, float32."""
-    if interpret:
-        return [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (words << 16, words & -0x10000)]
-    return [
-        pltpu.unpack_elementwise(words, index=i, packed_dtype=jnp.bfloat16, unpacked_dtype=jnp.float32)
-        for i in range(2)
-    ]
+        low, high = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (low, high))
+        return jax.lax.shift_right_logical(low, jnp.full_like(low, 16)) | (high & -0x10000)
+    return pltpu.pack_elementwise([low, high], packed_dtype=jnp.bfloat16)
 
 
 def round_to_bfloat16(x: Array) -> Array:
@@ -70,3 +76,11 @@ def round_to_bfloat16(x: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     odd = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)) & 1
     return jax.lax.bitcast_convert_type((bits + 0x7FFF + odd) & -0x10000, jnp.float32)
+
+
+def select_by(index: Array, choices: Sequence[Array]) -> Array:
+    """`choices[index]`, element by element."""
+    chosen = choices[0]
+    for i, choice in enumerate(choices[1:], start=1):
+        chosen = jnp.where(index == i, choice, chosen)
+    return chosen

@@ -1,0 +1,121 @@
+"""Tiles of packed codes as 8-bit integers for a TPU's matrix unit, in the order of tokens that costs no shuffling.
+
+A tile is what 8 rows of 128 words hold at 2 bits, or 16 rows at 4 bits: 128 tokens, or 256 at a head_dim of 64, where
+word rows lie side by side in pairs (see `kv.quantize`). A shift and a mask leave one field at the top of every byte,
+which as a signed number is `unit · (code - middle_code)`. The tokens of a tile then come in the order (vreg, field of
+the byte, word row, byte), which keys and values of the same bits share. Everything else that has tokens on its lanes
+follows that order, which `token_of_lane` gives.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Int8, Int32
+
+LANES = 128
+SUBLANES = 8
+ROWS_16_BIT = 2 * SUBLANES  # rows of a register of 16-bit numbers
+ROWS_8_BIT = 4 * SUBLANES  # rows of a register of 8-bit numbers
+BYTE_BITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How tokens of one head lie in packed tiles.
+
+    Attributes:
+        bits: bits of a code.
+        group_size: tokens in a key group, or channels in a value group.
+        head_dim: 64, or a multiple of 128.
+    """
+
+    bits: int
+    group_size: int
+    head_dim: int
+
+    @property
+    def halves(self) -> int:
+        """Word rows side by side in a row of words, each with 128 tokens of a tile."""
+        return 2 if self.head_dim == LANES // 2 else 1
+
+    @property
+    def lanes(self) -> int:
+        return self.halves * self.head_dim
+
+    @property
+    def columns(self) -> int:
+        """Registers side by side."""
+        return self.lanes // LANES
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a tile."""
+        return LANES * self.halves
+
+    @property
+    def word_rows(self) -> int:
+        """Rows of words in a tile."""
+        return LANES * self.bits // 32
+
+    @property
+    def groups(self) -> int:
+        """Key groups in a tile."""
+        return self.tokens // self.group_size
+
+    @property
+    def unit(self) -> int:
+        """What a step of the code adds to an unpacked number."""
+        return 2 ** (BYTE_BITS - self.bits)
+
+    @property
+    def middle_code(self) -> int:
+        """The code that is unpacked to 0."""
+        return 2 ** (self.bits - 1)
+
+    @property
+    def _fields(self) -> int:
+        """Codes in a byte."""
+        return BYTE_BITS // self.bits
+
+    def unpack(self, words: Int32[Array, "word_rows lanes"]) -> Int8[Array, "128 lanes"]:
+        """`unit · (code - middle_code)` of a tile's codes."""
+        mask = jnp.int32(0x01010101 * ((2**self.bits - 1) * self.unit) - 2**32)
+        unpacked = []
+        for first in range(0, words.shape[0], SUBLANES):
+            for field in range(self._fields):
+                shift = BYTE_BITS - self.bits * (field + 1)
+                rows = words[first : first + SUBLANES]
+                unpacked.append(pltpu.bitcast((rows << shift if shift else rows) & mask, jnp.int8))
+        return jnp.concatenate(unpacked, axis=0)
+
+    def token_of_lane(self, half: int) -> Int32[Array, "sublanes lanes"]:
+        """The tile's token on each lane of its unpacked order, the same for all 8 sublanes."""
+        # lane = (vreg · fields + field) · 32 + 4 · row + byte, where `fields` is a power of two
+        lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+        byte = lane & 3
+        row = (lane >> 2) & (SUBLANES - 1)
+        field = (lane >> 5) & (self._fields - 1)
+        vreg = lane >> (5 + self._field_bits)
+        word_row = self.halves * (vreg * SUBLANES + row) + half
+        return (word_row * 4 + byte) * self._fields + field
+
+    def lane_of_token(self, token: Int32[Array, "..."]) -> Int32[Array, "..."]:
+        """The place of a tile's token in the unpacked order, in which the second half follows the first."""
+        field = token & (self._fields - 1)
+        byte = (token >> self._field_bits) & 3
+        word_row = token >> (self._field_bits + 2)
+        half = word_row & (self.halves - 1)
+        row = word_row >> (self.halves - 1)
+        register = (row >> 3) * self._fields + field
+        return half * LANES + register * ROWS_8_BIT + 4 * (row & (SUBLANES - 1)) + byte
+
+    @property
+    def _field_bits(self) -> int:
+        return self._fields.bit_length() - 1
+
+    def group_of_lane(self) -> Int32[Array, "sublanes lanes"]:
+        """The tile's key group on each lane; the same for both halves, which share every group."""
+        return self.token_of_lane(0) >> (self.group_size.bit_length() - 1)

@@ -1,0 +1,171 @@
+"""Scores of packed keys in 8-bit products, for the TPU's decode kernel.
+
+A score is Σ q·(scale·(code - middle code) + middle), where the middle is what the middle code decodes to. Scales are
+multiplied into the queries, as numbers of fixed point: row 4·s + b of a product is query b times the scales of key
+group s, of which a lane keeps its own group's. Middles are a product with zeros and scales as they are stored, which
+is exact.
+
+Strips are 128 tokens on the lanes, a tile or the half of one. Two of them share a register of scores: the four rows of
+a set of query heads, twice.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kivi_jax.pallas_kernels.decode_attention import tpu_fixed_point
+from kivi_jax.pallas_kernels.decode_attention.tpu_call import Call
+from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES, ROWS_8_BIT, SUBLANES
+from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_FIXED, SPAN_GROUPS, TINY
+from kivi_jax.pallas_kernels.decode_attention.tpu_registers import (
+    HALF,
+    by_half,
+    dot_transposed,
+    round_to_bfloat16,
+    select_by,
+    split_lanes,
+    sublane_iota,
+    swap_halves,
+    take_lanes,
+)
+
+
+def prepare_queries(call: Call, heads: list[Array]) -> None:
+    """Stores queries of some heads times the factor by which they are numbers of fixed point with any scale of the block."""
+    plan, refs, keys = call.plan, call.refs, call.plan.keys
+    for head in heads:
+        scale = refs["k_scale"][head].astype(jnp.float32)
+        group = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 0)
+        # Groups past the last token may hold anything, even NaN.
+        largest = jnp.where(group * keys.group_size < call.used, scale, 0).max(0, keepdims=True)
+        q = refs["q"][head, :, : plan.head_dim].astype(jnp.float32)
+        factor = MOST_FIXED / jnp.maximum((jnp.abs(q) * largest).max(1, keepdims=True), TINY)
+        q = q * factor
+        if keys.halves == 2:
+            nothing = jnp.zeros_like(q)
+            q = jnp.concatenate([q, nothing, nothing, q], axis=1)
+        for i, lanes in enumerate(split_lanes(q)):
+            refs["queries"][i, head] = lanes
+        unit = (plan.score_scale / keys.unit) / factor
+        refs["score_units"][head] = jnp.broadcast_to(unit, (plan.rows, LANES))
+
+
+def prepare_middles(call: Call, u: int, head: Array, span: Array) -> None:
+    """Stores the products of the queries with the middles of a span's groups."""
+    plan, refs = call.plan, call.refs
+    scale, zero = (refs[name][head, _groups_of(span)] for name in ("k_scale", "k_zero"))
+    products = dot_transposed(refs["q"][head], jnp.concatenate([zero, scale], axis=1))
+    refs["middles"][u, :, :SPAN_GROUPS] = products * plan.score_scale
+
+
+def score(call: Call, u: int, head: Array, span: Array, there: Array) -> None:
+    """Stores the scores of the packed tokens in a span of the block, in base 2, -inf where no token is attended; nor is
+    any if the span is not `there`.
+    """
+    plan, refs, keys = call.plan, call.refs, call.plan.keys
+    for i, of_sets in enumerate(_paired(call, _products(call, head, span))):
+        place = by_half(*plan.places(keys, i))
+        token, live = call.token(place + span * plan.span)
+        live &= there
+        group = place >> (keys.group_size.bit_length() - 1)
+        for number, product in enumerate(of_sets):
+            rows = pl.ds(number * SUBLANES, SUBLANES)
+            scores = product.astype(jnp.float32) * refs["score_units"][head, rows]
+            scores += take_lanes(refs["middles"][u, rows], group)
+            if plan.alibi:
+                scores += bias(call, token, head, rows)
+            refs["scores"][u, number, i] = jnp.where(live, scores, -jnp.inf)
+
+
+def bias(call: Call, token: Array, head: Array, rows: Any) -> Array:
+    """`alibi_bias` of tokens on the lanes for some rows of queries, in base 2."""
+    slopes = round_to_bfloat16(call.refs["slopes"][head, rows])
+    lanes = 1 if token.ndim == 0 else token.shape[-1]
+    if token.ndim < 2:
+        token = jnp.broadcast_to(token, (1, lanes))
+    position = round_to_bfloat16(token.astype(jnp.float32))
+    return round_to_bfloat16(slopes[:, :1] * position) * call.plan.score_scale
+
+
+def _groups_of(span: Array) -> Any:
+    return pl.ds(pl.multiple_of(span * SPAN_GROUPS, SPAN_GROUPS), SPAN_GROUPS)
+
+
+def _products(call: Call, head: Array, span: Array) -> list[list[Array]]:
+    """For each strip and set, a register of products, of which a lane's own four rows are the first half if its group
+    is even, and else the second.
+    """
+    plan, keys = call.plan, call.plan.keys
+    scale = call.refs["k_scale"][head, _groups_of(span)].astype(jnp.float32)
+    if keys.halves == 2:
+        scale = jnp.concatenate([scale, scale], axis=1)
+    # A register of words has the rows of two halves, each with four groups. Both are multiplied at once if a tile
+    # needs both, or if the matrix unit is wide enough for the tiles of both.
+    tokens_of_half = HALF * keys.group_size
+    at_once = 2 if tokens_of_half < keys.tokens or (plan.wide and tokens_of_half == keys.tokens) else 1
+    tiles = at_once * tokens_of_half // keys.tokens
+    strips = []
+    for number in range(SPAN_GROUPS // HALF // at_once):
+        first = number * at_once * HALF
+        of_register = slice(first - first % SUBLANES, first - first % SUBLANES + SUBLANES)
+        left = [
+            _left(call, head, set_number, half, scale[of_register], first % SUBLANES // HALF, at_once)
+            for set_number in range(plan.sets)
+            for half in range(keys.halves)
+        ]
+        right = [call.tile(keys, "k_codes", head, span, number * tiles + i) for i in range(tiles)]
+        product = dot_transposed(jnp.concatenate(left, axis=0), jnp.concatenate(right, axis=0), jnp.int32)
+        for i, of_tile in enumerate(split_lanes(product)):
+            for half in range(keys.halves):
+                rows = [
+                    _own_rows(call, of_tile, (set_number * keys.halves + half) * left[0].shape[0], at_once, i)
+                    for set_number in range(plan.sets)
+                ]
+                strips.append(rows)
+    return strips
+
+
+def _left(
+    call: Call, head: Array, set_number: int, half: int, scale: Array, half_of_words: int, at_once: int
+) -> Array:
+    """Pieces of a set's queries times the scales of groups on the rows, the low ones first."""
+    plan, refs = call.plan, call.refs
+    columns = [half] if plan.keys.halves == 2 else range(plan.keys.columns)
+    scaled = {}
+    for row in plan.used_rows:
+        place = pl.ds(set_number * SUBLANES + row, 1)
+        scaled[row] = jnp.concatenate([refs["queries"][i, head, place] for i in columns], axis=1) * scale
+    low, high = tpu_fixed_point.split(scaled, call.interpret)
+    if at_once == 2:
+        return jnp.concatenate([pltpu.bitcast(x, jnp.int8) for x in (low, high)], axis=0)
+    return pltpu.bitcast(tpu_fixed_point.pieces_of_half(low, high, half_of_words), jnp.int8)
+
+
+def _own_rows(call: Call, product: Array, start: int, at_once: int, tile: int) -> Array:
+    """Of a tile's products, from row `start` on, the register with two groups that has the lane's own."""
+    keys = call.plan.keys
+    high = start + at_once * ROWS_8_BIT // 2
+    first, last = tile * keys.groups // 2, (tile * keys.groups + keys.groups + 1) // 2
+    pairs = [
+        tpu_fixed_point.join(*(product[x + i * SUBLANES : x + (i + 1) * SUBLANES] for x in (start, high)))
+        for i in range(first, last)
+    ]
+    return select_by(keys.group_of_lane() >> 1, pairs)
+
+
+def _paired(call: Call, strips: list[list[Array]]) -> Iterator[list[Array]]:
+    """For every two strips a register for each set, whose halves have the own rows of one and of the other."""
+    keys = call.plan.keys
+    for even, odd in zip(strips[::2], strips[1::2], strict=True):
+        if keys.groups == 1:
+            yield [by_half(a, b) for a, b in zip(even, odd, strict=True)]
+            continue
+        second = (keys.group_of_lane() & 1) == 1
+        here = (sublane_iota() >= HALF) == second
+        mixed = [jnp.where(here, a, swap_halves(b)) for a, b in zip(even, odd, strict=True)]
+        yield [jnp.where(second, swap_halves(x), x) for x in mixed]
