@@ -40,8 +40,10 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
         "weighted": pltpu.VMEM((plan.rows, plan.lanes), jnp.float32),
     }
     if plan.halves == 2:
-        # Queries for either half, with zeros on the lanes of the other one.
-        buffers["queries"] = pltpu.VMEM((2, plan.rows, LANES), jnp.bfloat16)
+        # For each chain its queries for either half, with zeros on the lanes of the other one.
+        buffers["queries"] = pltpu.VMEM((2 * plan.rows, LANES), jnp.bfloat16)
+    if plan.staged:
+        buffers["scores"] = pltpu.VMEM((plan.span // LANES, plan.rows, LANES), jnp.float32)
     return buffers | packed_buffers(plan)
 
 
@@ -101,9 +103,13 @@ class _Step:
                 refs["denominator"][rows] = jnp.zeros((rows.size, LANES), jnp.float32)
                 refs["weighted"][rows] = jnp.zeros((rows.size, plan.lanes), jnp.float32)
                 if plan.halves == 2:
-                    q = refs["q"][rows]
-                    refs["queries"][0, rows] = jnp.concatenate([q, jnp.zeros_like(q)], axis=1)
-                    refs["queries"][1, rows] = jnp.concatenate([jnp.zeros_like(q), q], axis=1)
+                    q = refs["q"][rows].astype(jnp.float32)  # whose rows need not be even in number
+                    of_halves = [
+                        jnp.concatenate(x, axis=1) for x in ((q, jnp.zeros_like(q)), (jnp.zeros_like(q), q))
+                    ]
+                    refs["queries"][self._of_both(rows)] = jnp.concatenate(of_halves, axis=0).astype(
+                        jnp.bfloat16
+                    )
             self._attend_exact(i, refs["window_k"][...], refs["window_v"][...], of_ring, plan.ring_on_lanes)
             if plan.sinks:
                 token = iota(plan.sinks)
@@ -153,15 +159,57 @@ class _Step:
         packed = PackedBlock(plan, self.refs, used, self.interpret)
         packed.prepare()
 
-        def attend_span(span: Array) -> None:
-            packed.decode(span)
-            place = block * plan.block + span * plan.span
-            if plan.rows == plan.pass_rows:  # in one piece with the decoding, so that it overlaps
-                self._attend_span(jnp.int32(0), place)
-            else:
-                pl.loop(0, self._passes)(lambda i: self._attend_span(i, place))
+        spans = jax.lax.div(jnp.minimum(used, plan.block) + (plan.span - 1), plan.span)
+        attend = self._attend_staged if plan.staged else self._attend_in_passes
+        attend(packed, block * plan.block, spans)
 
-        pl.loop(0, jax.lax.div(jnp.minimum(used, plan.block) + (plan.span - 1), plan.span))(attend_span)
+    def _attend_in_passes(self, packed: PackedBlock, first: Array, spans: Array) -> None:
+        """Attends spans of packed tokens from place `first` on: each is decoded for passes over all rows."""
+
+        def attend_span(span: Array) -> None:
+            packed.decode_keys(span)
+            packed.decode_values(span)
+            place = first + span * self.plan.span
+
+            def attend(i: Array) -> None:
+                chains = self._chains(i)
+                self._attend(chains, [self._span_scores(rows, place) for rows in chains], self._weigh_span)
+
+            pl.loop(0, self._passes)(attend)
+
+        pl.loop(0, spans)(attend_span)
+
+    def _attend_staged(self, packed: PackedBlock, first: Array, spans: Array) -> None:
+        """The same for rows of a single pass. Three stages overlap: a span's values are weighted while the next one's
+        keys are scored and those of the one after it decoded.
+        """
+        chains = self._chains(jnp.int32(0))
+        scores = self.refs["scores"]
+
+        last = spans - 1
+
+        def score(span: Array) -> None:
+            for rows in chains:
+                for register, x in enumerate(self._span_scores(rows, first + span * self.plan.span)):
+                    scores[register, rows] = x
+
+        def weigh(then: Callable[[], None] | None = None) -> None:
+            scored = [[scores[register, rows] for register in range(scores.shape[0])] for rows in chains]
+            if then is not None:
+                then()
+            self._attend(chains, scored, self._weigh_span)
+
+        def attend_span(span: Array) -> None:
+            weigh(lambda: score(span))
+            packed.decode_values(span)
+            packed.decode_keys(jnp.minimum(span + 1, last))
+
+        packed.decode_keys(jnp.int32(0))
+        packed.decode_values(jnp.int32(0))
+        score(jnp.int32(0))
+        packed.decode_keys(jnp.minimum(1, last))
+        pl.loop(1, spans)(attend_span)
+        weigh()
 
     @property
     def _passes(self) -> Array:
@@ -180,6 +228,10 @@ class _Step:
         size = self.plan.chain_rows
         starts = [i * self.plan.pass_rows + chain * size for chain in range(self.plan.chains)]
         return [pl.ds(pl.multiple_of(start, size), size) for start in starts]
+
+    def _of_both(self, rows: Any) -> Any:
+        """Rows of `queries` for both halves."""
+        return pl.ds(pl.multiple_of(2 * rows.start, 2 * rows.size), 2 * rows.size)
 
     def _attend_exact(
         self, i: Array, keys: Array, values: Array, token: Array, on_lanes: bool = False, causal: bool = False
@@ -203,55 +255,48 @@ class _Step:
                 return jnp.concatenate([weighted, jnp.zeros_like(weighted)], axis=1)
             return weighted
 
-        self._attend(i, scores, weigh)
+        chains = self._chains(i)
+        self._attend(chains, [scores(rows) for rows in chains], weigh)
 
-    def _attend_span(self, i: Array, place: Array) -> None:
-        """Attends the decoded tokens of a span that begins at `place`."""
+    def _span_scores(self, rows: Any, place: Array) -> list[Array]:
+        """Scores of the decoded tokens of a span that begins at `place`."""
         plan, refs = self.plan, self.refs
+        q = refs["queries"][self._of_both(rows)] if plan.halves == 2 else refs["q"][rows]
+        products = dot_transposed(q, refs["keys"][...])
+        scores = []
+        for half in range(plan.halves):
+            of_half = products[half * rows.size : (half + 1) * rows.size]
+            for tile, of_tile in enumerate(split_lanes(of_half)):
+                place_of_lane = place + tile * plan.order.tokens + plan.order.token_of_lane(half)[:1]
+                scores.append(self._score(rows, of_tile, *self._token(place_of_lane)))
+        return scores
 
-        def scores(rows: Any) -> list[Array]:
-            if plan.halves == 2:
-                q = jnp.concatenate([refs["queries"][half, rows] for half in range(2)], axis=0)
-            else:
-                q = refs["q"][rows]
-            products = dot_transposed(q, refs["keys"][...])
-            found = []
-            for half in range(plan.halves):
-                of_half = products[half * rows.size : (half + 1) * rows.size]
-                for tile, of_tile in enumerate(split_lanes(of_half)):
-                    place_of_lane = place + tile * plan.order.tokens + plan.order.token_of_lane(half)[:1]
-                    found.append(self._score(rows, of_tile, *self._token(place_of_lane)))
-            return found
-
-        def weigh(probabilities: list[Array]) -> Array:
-            tiles = len(probabilities) // plan.halves
-            of_halves = [probabilities[half * tiles :][:tiles] for half in range(plan.halves)]
-            joined = jnp.concatenate([jnp.concatenate(x, axis=1) for x in of_halves], axis=0)
-            weighted = dot(joined.astype(jnp.bfloat16), refs["values"][...])
-            if plan.halves == 1:
-                return weighted
-            size = weighted.shape[0] // 2
-            low = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 1) < plan.head_dim
-            return jnp.where(low, weighted[:size], weighted[size:])
-
-        self._attend(i, scores, weigh)
+    def _weigh_span(self, probabilities: list[Array]) -> Array:
+        """The span's values, weighted."""
+        plan = self.plan
+        tiles = len(probabilities) // plan.halves
+        of_halves = [probabilities[half * tiles :][:tiles] for half in range(plan.halves)]
+        joined = jnp.concatenate([jnp.concatenate(x, axis=1) for x in of_halves], axis=0)
+        weighted = dot(joined.astype(jnp.bfloat16), self.refs["values"][...])
+        if plan.halves == 1:
+            return weighted
+        size = weighted.shape[0] // 2
+        low = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 1) < plan.head_dim
+        return jnp.where(low, weighted[:size], weighted[size:])
 
     def _attend(
-        self, i: Array, scores: Callable[[Any], list[Array]], weigh: Callable[[list[Array]], Array]
+        self, chains: list[Any], scores: list[list[Array]], weigh: Callable[[list[Array]], Array]
     ) -> None:
-        """Adds to the softmax what some rows score, in registers of 128 lanes or fewer, and the values so weighted.
+        """Adds to the softmax of each chain its scores, in registers of 128 lanes or fewer, and the values so weighted.
 
-        The scores of all chains come first: one's products keep the matrix unit busy while another's are exponentiated.
+        All chains' scores come first: the products of one keep the matrix unit busy while another's are exponentiated.
         """
         refs = self.refs
-        chains = self._chains(i)
-        scored = [scores(rows) for rows in chains]
         updates = []
-        for rows, of_chain in zip(chains, scored, strict=True):
+        for rows, of_chain in zip(chains, scores, strict=True):
             before = refs["maximum"][rows]
-            maximum = functools.reduce(
-                jnp.maximum, [before, *(x.max(1, keepdims=True) for x in _merged(of_chain))]
-            )
+            merged = [before, *(x.max(1, keepdims=True) for x in _merged(of_chain))]
+            maximum = functools.reduce(jnp.maximum, merged)
             shrink = jnp.exp2(before - maximum)
             probabilities = [jnp.exp2(x - maximum[:, : x.shape[1]]) for x in of_chain]
             denominator = refs["denominator"][rows] * shrink + _partial_sums(probabilities)

@@ -6,6 +6,7 @@ head_dim of 64, is 16 registers of float32. Register (of_word, field) has in row
 keys. Codes of 4 bits come in this order if even and odd rows of words are read apart.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -68,14 +69,22 @@ class PackedBlock:
         self._prepare_keys()
         self._prepare_values()
 
-    def decode(self, span: Array) -> None:
-        """Stores the keys and values of a span, the keys times the scale of scores."""
+    def decode_keys(self, span: Array) -> None:
+        """Stores the keys of a span, times the scale of scores."""
+        for i, tile, column in self._tiles(span):
+            self._decode_keys(tile, i, column)
+
+    def decode_values(self, span: Array) -> None:
+        """Stores the values of a span."""
+        for i, tile, column in self._tiles(span):
+            self._decode_values(tile, i, column)
+
+    def _tiles(self, span: Array) -> Iterator[tuple[int, Array, int]]:
+        """The number of each tile in the span and in the block, and its registers of lanes."""
         of_span = self.plan.span // self.plan.order.tokens
         for i in range(of_span):
-            tile = span * of_span + i
             for column in range(self.plan.columns):
-                self._decode_keys(tile, i, column)
-                self._decode_values(tile, i, column)
+                yield i, span * of_span + i, column
 
     def _prepare_keys(self) -> None:
         plan, refs, keys = self.plan, self.refs, self.plan.keys
@@ -119,9 +128,12 @@ class PackedBlock:
         for i in range(refs["value_scales"].shape[0]):
             rows = slice(i * LANES, (i + 1) * LANES)
             scale, zero = (
-                dot_transposed(permutation, refs["value_rows"][j, rows].astype(jnp.bfloat16)) for j in range(2)
+                dot_transposed(permutation, refs["value_rows"][j, rows].astype(jnp.bfloat16))
+                for j in range(2)
             )
-            low, high = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (scale * (1 / values.unit), zero))
+            low, high = (
+                jax.lax.bitcast_convert_type(x, jnp.int32) for x in (scale * (1 / values.unit), zero)
+            )
             refs["value_scales"][i] = jax.lax.shift_right_logical(low, jnp.full_like(low, 16)) | high
 
     def _decode_keys(self, tile: Array, of_span: int, column: int) -> None:
@@ -142,7 +154,9 @@ class PackedBlock:
             for of_word, (x, in_high_half) in enumerate(of_field):
                 start = (of_word * FIELDS + field) * SUBLANES
                 words = take_lanes(self.refs["value_scales"][register, start : start + SUBLANES], source)
-                scale, zero = (jax.lax.bitcast_convert_type(y, jnp.float32) for y in (words << 16, words & -0x10000))
+                scale, zero = (
+                    jax.lax.bitcast_convert_type(y, jnp.float32) for y in (words << 16, words & -0x10000)
+                )
                 code = x - (1 + _low_half(plan.values) if in_high_half else 1.0)
                 decoded.append(code * scale + zero)
             self._store("values", of_span, field, column, decoded)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from kivi_jax.kv.quantized import QuantizedLayer
-from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES, ROWS_16_BIT, Tiles
+from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES, ROWS_16_BIT, SUBLANES, Tiles
 
 LOG2_E = math.log2(math.e)
 # VMEM that a kernel may use, of the 64 MiB that the chip with the least has.
@@ -84,6 +84,11 @@ class Plan:
         return self.chains * self.chain_rows
 
     @property
+    def staged(self) -> bool:
+        """Whether all rows are in one pass, of which stages for several spans overlap."""
+        return self.rows == self.pass_rows
+
+    @property
     def blocks(self) -> int:
         """Blocks of packed tokens, of which the last one may reach beyond the capacity."""
         return -(-self.capacity // self.block)
@@ -117,7 +122,8 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
     used_rows = query_tokens * shared
     chains = min(-(-used_rows // CHAIN_ROWS), CHAINS)
     passes = -(-used_rows // (chains * CHAIN_ROWS))
-    chain_rows = _round_up(-(-used_rows // (passes * chains)), ROWS_16_BIT)
+    staged = passes == 1
+    chain_rows = _round_up(-(-used_rows // (passes * chains)), SUBLANES if chains == 1 else ROWS_16_BIT)
     new_block = min(_round_up(new, ROWS_16_BIT if new < LANES else LANES), NEW_BLOCK)
     capacity = layer.blocks * residual
     # The scales of a block's keys fill whole tiles of 16-bit rows, or all of the array.
@@ -134,7 +140,7 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
         chain_rows=chain_rows,
         new_block=new_block,
         new_blocks=-(-new // new_block),
-        span=int(__import__('os').environ.get('SP', SPAN)) if passes == 1 else SPAN,
+        span=int(__import__("os").environ.get("SP", SPAN)) if staged else SPAN,
         block=block,
         capacity=capacity,
         residual=residual,
