@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kivi_jax.kv.rings import newest_round
-from kivi_jax.pallas_kernels.chunk_attention.tpu_packed import PackedBlock, packed_buffers
+from kivi_jax.pallas_kernels.chunk_attention.tpu_packed import PackedBlock, decoded, packed_buffers
 from kivi_jax.pallas_kernels.chunk_attention.tpu_plan import Plan
 from kivi_jax.pallas_kernels.decode_attention.tpu_registers import (
     dot,
@@ -262,7 +262,7 @@ class _Step:
         """Scores of the decoded tokens of a span that begins at `place`."""
         plan, refs = self.plan, self.refs
         q = refs["queries"][self._of_both(rows)] if plan.halves == 2 else refs["q"][rows]
-        products = dot_transposed(q, refs["keys"][...])
+        products = dot_transposed(q, decoded(refs["keys"]))
         scores = []
         for half in range(plan.halves):
             of_half = products[half * rows.size : (half + 1) * rows.size]
@@ -277,7 +277,7 @@ class _Step:
         tiles = len(probabilities) // plan.halves
         of_halves = [probabilities[half * tiles :][:tiles] for half in range(plan.halves)]
         joined = jnp.concatenate([jnp.concatenate(x, axis=1) for x in of_halves], axis=0)
-        weighted = dot(joined.astype(jnp.bfloat16), self.refs["values"][...])
+        weighted = dot(joined.astype(jnp.bfloat16), decoded(self.refs["values"]))
         if plan.halves == 1:
             return weighted
         size = weighted.shape[0] // 2
@@ -350,7 +350,8 @@ class _Step:
         plan = self.plan
         end = self.length - plan.residual
         if plan.window is None:
-            return place, (place >= plan.sinks) & (place < jnp.minimum(end, plan.capacity))
+            live = place < jnp.minimum(end, plan.capacity)
+            return place, live & (place >= plan.sinks) if plan.sinks else live
         # As `rings.entry_in`, but for tokens, so that nothing is divided for each of them.
         blocks = jax.lax.div(self.length, plan.residual)
         slots, first = newest_round(blocks, plan.capacity // plan.residual)

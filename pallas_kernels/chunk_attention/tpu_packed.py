@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import BFloat16
 
 from kivi_jax.pallas_kernels.chunk_attention.tpu_plan import Plan
 from kivi_jax.pallas_kernels.decode_attention.tpu_registers import (
@@ -44,18 +45,24 @@ def packed_buffers(plan: Plan) -> dict[str, Any]:
         return pltpu.VMEM(shape, dtype)
 
     registers = -(-tiles * _scale_columns(plan) // LANES)
-    decoded = plan.span // plan.halves, plan.lanes
+    words = plan.span // plan.halves // 2, plan.lanes
     return {
         # For each row of a tile's registers: scale, zero of tokens in low halves of words, and of those in high ones.
         "key_scales": buffer(3, plan.columns, tiles * SUBLANES, LANES),
-        # Scales and zeros with tokens on the lanes, as the matrix unit transposes them; then on the rows, both in a word.
+        # Scales and zeros with tokens on the lanes; then as the matrix unit transposes them, both in a word.
         "value_rows": buffer(2, registers * LANES, LANES),
         "value_scales": buffer(registers, LANES, LANES, dtype=jnp.int32),
-        "keys": buffer(*decoded, dtype=jnp.bfloat16),
-        "values": buffer(*decoded, dtype=jnp.bfloat16),
+        # Pairs of rows in words: registers of 16-bit rows would be taken apart to be stored.
+        "keys": buffer(*words, dtype=jnp.int32),
+        "values": buffer(*words, dtype=jnp.int32),
         # Rows of words, which can be read apart where they are 128 lanes long.
         "words": pltpu.VMEM((2 * SUBLANES, LANES), jnp.int32),
     }
+
+
+def decoded(ref: Any) -> BFloat16[Array, "tokens lanes"]:
+    """The keys or values in a buffer of them."""
+    return pltpu.bitcast(ref[...], jnp.bfloat16)
 
 
 class PackedBlock:
@@ -141,8 +148,8 @@ class PackedBlock:
         rows = pl.ds(pl.multiple_of(tile * SUBLANES, SUBLANES), SUBLANES)
         scale, low, high = (scales[i, column, rows] for i in range(3))
         for field, of_field in enumerate(self._unpack(self.plan.keys, "k_codes", tile, column)):
-            decoded = [x * scale + (high if in_high_half else low) for x, in_high_half in of_field]
-            self._store("keys", of_span, field, column, decoded)
+            pair = [x * scale + (high if in_high_half else low) for x, in_high_half in of_field]
+            self._store("keys", of_span, field, column, pair)
 
     def _decode_values(self, tile: Array, of_span: int, column: int) -> None:
         plan = self.plan
@@ -150,7 +157,7 @@ class PackedBlock:
         register = first // LANES
         source = self._value_sources(column) + first % LANES
         for field, of_field in enumerate(self._unpack(plan.values, "v_codes", tile, column)):
-            decoded = []
+            pair = []
             for of_word, (x, in_high_half) in enumerate(of_field):
                 start = (of_word * FIELDS + field) * SUBLANES
                 words = take_lanes(self.refs["value_scales"][register, start : start + SUBLANES], source)
@@ -158,8 +165,8 @@ class PackedBlock:
                     jax.lax.bitcast_convert_type(y, jnp.float32) for y in (words << 16, words & -0x10000)
                 )
                 code = x - (1 + _low_half(plan.values) if in_high_half else 1.0)
-                decoded.append(code * scale + zero)
-            self._store("values", of_span, field, column, decoded)
+                pair.append(code * scale + zero)
+            self._store("values", of_span, field, column, pair)
 
     def _value_sources(self, column: int) -> Array:
         """Where row r of `value_scales` holds the scales of a tile's first token in row r, for each lane."""
@@ -173,10 +180,10 @@ class PackedBlock:
         group = group - half * plan.channel_groups
         return (half * 2 + (row >> 2)) * plan.channel_groups + group
 
-    def _store(self, name: str, of_span: int, field: int, column: int, decoded: list[Array]) -> None:
-        rows = pl.ds(of_span * LANES + field * ROWS_16_BIT, ROWS_16_BIT)
-        words = pack_rows(decoded[0], decoded[1], self.interpret)
-        self.refs[name][rows, column * LANES : (column + 1) * LANES] = pltpu.bitcast(words, jnp.bfloat16)
+    def _store(self, name: str, of_span: int, field: int, column: int, pair: list[Array]) -> None:
+        rows = pl.ds((of_span * FIELDS + field) * SUBLANES, SUBLANES)
+        words = pack_rows(pair[0], pair[1], self.interpret)
+        self.refs[name][rows, column * LANES : (column + 1) * LANES] = words
 
     def _unpack(self, tiles: Tiles, name: str, tile: Array, column: int) -> list[list[tuple[Array, bool]]]:
         """For each field the numbers `1 + unit · code` of both halves of a word of 2-bit codes, and whether they are

@@ -15,12 +15,14 @@ QUERY_BYTES = 24 * 2**20
 CHAIN_ROWS = 256
 # Such chains in a pass of the main loop: one's softmax hides behind the other's products.
 CHAINS = 2
-# Tokens of keys and values in a pass of the main loop.
+# Packed tokens in a pass of the main loop.
 SPAN = 512
+# The same where all rows are in one pass, if the cache is large: latencies hide behind the work for as many tokens.
+STAGED_SPAN = 2048
 # New tokens of which a grid step attends keys and values.
 NEW_BLOCK = 512
-# Packed tokens in a grid step, whose own overhead is about a thousand cycles.
-BLOCK = 2048
+# Most such passes in a grid step, whose own overhead is about a thousand cycles.
+SPANS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +124,13 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
     used_rows = query_tokens * shared
     chains = min(-(-used_rows // CHAIN_ROWS), CHAINS)
     passes = -(-used_rows // (chains * CHAIN_ROWS))
-    staged = passes == 1
     chain_rows = _round_up(-(-used_rows // (passes * chains)), SUBLANES if chains == 1 else ROWS_16_BIT)
     new_block = min(_round_up(new, ROWS_16_BIT if new < LANES else LANES), NEW_BLOCK)
     capacity = layer.blocks * residual
-    # The scales of a block's keys fill whole tiles of 16-bit rows, or all of the array.
-    block = max(ROWS_16_BIT * group_size, min(BLOCK, _round_up(capacity, SPAN)))
+    # Rows are read in whole spans and blocks, which therefore stay below the capacity.
+    span = STAGED_SPAN if passes == 1 and capacity >= SPANS * STAGED_SPAN else SPAN
+    # The scales of a block's keys fill whole tiles of 16-bit rows.
+    block = max(ROWS_16_BIT * group_size, min(SPANS * span, _round_up(capacity, span)))
     return Plan(
         keys=keys,
         values=values,
@@ -140,7 +143,7 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
         chain_rows=chain_rows,
         new_block=new_block,
         new_blocks=-(-new // new_block),
-        span=int(__import__("os").environ.get("SP", SPAN)) if staged else SPAN,
+        span=span,
         block=block,
         capacity=capacity,
         residual=residual,

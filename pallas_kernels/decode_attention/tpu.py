@@ -17,9 +17,10 @@ from jaxtyping import Float, Int
 
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.alibi import Slopes
+from kivi_jax.pallas_kernels.chunk_attention import tpu as chunk_attention
 from kivi_jax.pallas_kernels.decode_attention.tpu_kernel import scratch_buffers, step
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan, make_plan
-from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES
+from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES, SUBLANES
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 HEAD_DIMS = (64, 128, 256)
@@ -44,6 +45,8 @@ def decode_attention(
         NotImplementedError: something the kernel does not cover, which the message names.
     """
     check_supported(q, layer)
+    if _are_many(q, layer, heads):
+        return _attend_many(q, k, v, layer, lengths, heads, interpret)
     q, k, v = q[:, 0], heads.of_new(k)[:, 0], heads.of_new(v)[:, 0]
     batch, query_heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -84,6 +87,29 @@ def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
     for name, dtype in (("queries", q.dtype), ("a state", layer.window_k.dtype)):
         if dtype != jnp.bfloat16:
             raise NotImplementedError(f"the TPU kernel takes bfloat16, not {name} of {dtype}")
+
+
+def _are_many(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer, heads: Heads) -> bool:
+    """Whether a KV head has so many queries that decoding what they read costs less than applying scales to each."""
+    shared = q.shape[2] // (heads.kv_heads or layer.num_kv_heads)
+    return shared > SUBLANES and layer.config.group_size in chunk_attention.GROUP_SIZES
+
+
+def _attend_many(
+    q: Float[Array, "B 1 Hq D"],
+    k: Float[Array, "B 1 H D"],
+    v: Float[Array, "B 1 H D"],
+    layer: QuantizedLayer,
+    lengths: Int[Array, " B"],
+    heads: Heads,
+    interpret: bool,
+) -> Float[Array, "B 1 Hq D"]:
+    """The same as a chunk of one token in each row that has tokens."""
+    counts = (lengths > 0).astype(jnp.int32)
+    out = chunk_attention.chunk_attention(q, k, v, layer, lengths, counts, heads, interpret=interpret)
+    v = heads.of_new(v)
+    alone = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+    return jnp.where((lengths > 0)[:, None, None, None], out, alone)
 
 
 def _list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[tuple[Array, Array, Array], Array]:

@@ -32,7 +32,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu_plan, "CHAIN_ROWS", 16)
     monkeypatch.setattr(tpu_plan, "QUERY_BYTES", 2**18)
     monkeypatch.setattr(tpu_plan, "NEW_BLOCK", 128)
-    monkeypatch.setattr(tpu_plan, "BLOCK", 512)
+    monkeypatch.setattr(tpu_plan, "SPANS", 1)
 
 
 @pytest.mark.interpreted
@@ -92,10 +92,22 @@ def test_sliding_windows_and_sinks(window, sinks):
 @pytest.mark.interpreted
 def test_windows_wider_than_a_block_of_a_ring(monkeypatch):
     """The first block that is read is any of the ring's."""
-    monkeypatch.setattr(tpu_plan, "BLOCK", 512)
+    monkeypatch.setattr(tpu_plan, "SPANS", 1)
     config = KVConfig(2, 2, group_size=32, residual_length=64)
     lengths = [1300, 1500, 1900, 2300, 2600, 2630]
     check(config, 1, 1, 128, lengths, [5, 0, 1, 9, 16, 20], capacity=2700, sliding_window=1200)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_stages_of_long_spans(monkeypatch, head_dim):
+    """As many spans a step as a large cache has, of one pass of rows: stages of three spans overlap."""
+    monkeypatch.setattr(tpu_plan, "STAGED_SPAN", 1024)
+    layer, _ = stored(KIVI2, 1, head_dim, [1], 4300)
+    plan = tpu_plan.make_plan(layer, 3, 4, alibi=False)
+    assert plan.staged
+    assert (plan.span, plan.block) == (1024, 4096)
+    check(KIVI2, 4, 1, head_dim, [4290, 1152, 1153, 3500], [3, 1, 0, 2], capacity=4300)
 
 
 def test_sinks():
