@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from kivi_jax.kv.dense import DenseLayer
-from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan
 from tools.offline import abstract_models
 from tools.offline.abstract_models import abstract_params, array_bytes
 from tools.offline.decode_programs import Attention
 from tools.offline.tpu_compiler import CHIPS, compile_programs
-from tools.offline.tpu_programs import plan_of
+from tools.offline.tpu_programs import Pipeline, pipeline_of
 from tools.offline.tpu_schedule import Schedule
 from tools.report_page import run, table
 
@@ -61,12 +60,17 @@ HARDWARE = {
     "v5p": Hardware(2765e9, 95e9, 1.75e9, CHIPS["v5p"].cores),
     "v7x": Hardware(7380e9 / 2, 192 * 2**30 / 2, 2.2e9),
 }
+# Query heads, KV heads, head_dim, group size.
 SHAPES = {
-    "Llama 2 7B": (32, 32, 128),
-    "Llama 3 8B": (32, 8, 128),
-    "Llama 3 70B": (64, 8, 128),
-    "Falcon 7B": (71, 1, 64),
-    "8 on 4 heads of 256": (8, 4, 256),
+    "Llama 2 7B": (32, 32, 128, 32),
+    "Llama 3 8B": (32, 8, 128, 32),
+    "Llama 3 8B, G = 64": (32, 8, 128, 64),
+    "Llama 3 8B, G = 128": (32, 8, 128, 128),
+    "Llama 3 70B": (64, 8, 128, 32),
+    "Llama 3.2 1B": (32, 8, 64, 32),
+    "SmolLM2 135M": (9, 3, 64, 32),
+    "Falcon 7B": (71, 1, 64, 32),
+    "8 on 4 heads of 256": (8, 4, 256, 32),
 }
 BITS = {"kivi2": 2, "kivi4": 4}
 # What the projection covers: the models of `SHAPES`, each with rows × tokens.
@@ -98,25 +102,27 @@ class Cost:
     slots: dict[str, float]
 
     @classmethod
-    def of(cls, plan: Plan, schedule: Schedule) -> "Cost":
+    def of(cls, pipeline: Pipeline, schedule: Schedule) -> "Cost":
         """The cost by a schedule; the kernel's own plan tells the tokens and heads of a pass."""
         loop = schedule.main_loop
-        passes = TOKENS / (plan.span * plan.unroll)
-        # The kernel is a pipeline: the first score and the last weighting are outside of the main loop.
-        units = plan.block // plan.span * (plan.heads // plan.unroll)
-        step = sum(around.cycles for around in schedule.around_main_loop) + (units - 1) * loop.cycles
+        share = TOKENS / pipeline.pass_tokens
+        step = sum(around.cycles for around in schedule.around_main_loop) + pipeline.passes * loop.cycles
+        beside = [loop.cycles / pipeline.heads_at_once for loop in schedule.beside_main_loop]
+        if len(beside) == 3 and pipeline.heads > 1:  # the second prepares queries, once a step
+            step += round(beside.pop(1) * pipeline.heads)
         return cls(
-            main=loop.cycles * passes,
-            bundles=loop.bundles * passes,
-            whole=step * passes / units,
-            row=float(sum(beside.cycles for beside in schedule.beside_main_loop)),
+            main=loop.cycles * share,
+            bundles=loop.bundles * share,
+            whole=step * share / pipeline.units,
+            row=sum(beside),
             spills=loop.spills,
             slots=dict(list(schedule.utilization(loop).items())[:2]),
         )
 
 
 def attention(shape: str, kv: str) -> Attention:
-    return Attention(*SHAPES[shape], BITS[kv], BITS[kv], batch=8, capacity=8192)
+    *heads, group_size = SHAPES[shape]
+    return Attention(*heads, BITS[kv], BITS[kv], group_size, batch=8, capacity=8192)
 
 
 @functools.cache
@@ -131,7 +137,7 @@ def costs(chip: str) -> dict[tuple[str, str], Cost | str]:
             found[cases[name]] = result.strip().splitlines()[-1]
             continue
         (schedule,) = result.schedules.values()
-        found[cases[name]] = Cost.of(plan_of(attention(*cases[name]), chip), schedule)
+        found[cases[name]] = Cost.of(pipeline_of(attention(*cases[name]), chip), schedule)
     return found
 
 
@@ -151,10 +157,9 @@ def cost_section() -> Iterator[str]:
 def _cost_rows(chip: str, hardware: Hardware) -> Iterator[list[str]]:
     for (shape, kv), cost in costs(chip).items():
         case = attention(shape, kv)
-        query_heads, kv_heads, head_dim = SHAPES[shape]
-        dense = 2 * 2 * TOKENS * head_dim
+        dense = 2 * 2 * TOKENS * case.head_dim
         hbm = (f"{x / hardware.bytes_per_cycle:.0f}" for x in (case.packed_bytes(TOKENS), dense))
-        named = [shape, f"{query_heads} × {kv_heads} × {head_dim}", kv]
+        named = [shape, f"{case.query_heads} × {case.kv_heads} × {case.head_dim}", kv]
         if isinstance(cost, str):
             yield [*named, "does not compile", *[""] * 5, *hbm]
             continue
@@ -205,12 +210,12 @@ def project(chip: str, model: str, kv: str, rows: int, tokens: int) -> Step | st
         cost = costs(chip)[model, kv]
         if isinstance(cost, str):
             return cost
-        layer, plan = case.layer(), plan_of(case, chip)
+        layer = case.layer()
         state = array_bytes(layer)
         # The kernel reads the rings, and the append reads and writes them.
         traffic = state + 2 * array_bytes((layer.window_k, layer.window_v))
         cycles = rows * kv_heads * (cost.whole * tokens / TOKENS + cost.row)
-        cores = min(hardware.cores, kv_heads // plan.heads)
+        cores = min(hardware.cores, kv_heads // pipeline_of(case, chip).heads)
         times = {"HBM": traffic / hardware.bandwidth, "kernel": cycles / cores / hardware.clock}
         bound, attention_time = max(times.items(), key=lambda item: item[1])
     return Step(

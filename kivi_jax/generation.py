@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Unpack, overload
+from typing import Any, Literal, Unpack, overload
+
+import jax
 
 from kivi_jax.arguments import read_size
 from kivi_jax.batching import PromptBatch
@@ -18,6 +20,11 @@ STREAM_TOKENS = 8
 
 Single = str | Conversation
 Prompts = Single | Sequence[Prompt]
+PrefillChunk = int | Literal["auto"] | None
+
+# Prompt tokens that a TPU or GPU runs at a time by default: in a model of 7 billion weights, their activations take
+# somewhat less than 1 GiB (docs/tpu.md). And of each of several prompts, the least.
+DEVICE_CHUNK, LEAST_CHUNK = 8192, 2048
 
 
 @overload
@@ -29,7 +36,7 @@ def generate(  # type: ignore[overload-overlap] # a str is a sequence of prompts
     *,
     n: None = ...,
     chat_template: str | None = ...,
-    prefill_chunk: int | None = ...,
+    prefill_chunk: PrefillChunk = ...,
     **options: Unpack[GenerationOptions],
 ) -> Completion: ...
 
@@ -43,7 +50,7 @@ def generate(
     *,
     n: None = ...,
     chat_template: str | None = ...,
-    prefill_chunk: int | None = ...,
+    prefill_chunk: PrefillChunk = ...,
     **options: Unpack[GenerationOptions],
 ) -> list[Completion]: ...
 
@@ -57,7 +64,7 @@ def generate(  # type: ignore[overload-overlap]
     *,
     n: int,
     chat_template: str | None = ...,
-    prefill_chunk: int | None = ...,
+    prefill_chunk: PrefillChunk = ...,
     **options: Unpack[GenerationOptions],
 ) -> list[Completion]: ...
 
@@ -71,7 +78,7 @@ def generate(
     *,
     n: int,
     chat_template: str | None = ...,
-    prefill_chunk: int | None = ...,
+    prefill_chunk: PrefillChunk = ...,
     **options: Unpack[GenerationOptions],
 ) -> list[list[Completion]]: ...
 
@@ -85,7 +92,7 @@ def generate(
     *,
     n: int | None = ...,
     chat_template: str | None = ...,
-    prefill_chunk: int | None = ...,
+    prefill_chunk: PrefillChunk = ...,
     **options: Unpack[GenerationOptions],
 ) -> Completion | list[Completion] | list[list[Completion]]: ...
 
@@ -98,7 +105,7 @@ def generate(
     *,
     n: int | None = None,
     chat_template: str | None = None,
-    prefill_chunk: int | None = None,
+    prefill_chunk: PrefillChunk = "auto",
     **options: Unpack[GenerationOptions],
 ) -> Completion | list[Completion] | list[list[Completion]]:
     """Completes one prompt or a batch of them.
@@ -117,8 +124,9 @@ def generate(
         n: samples of every prompt, as in `GenerationSettings`.
         chat_template: name of the chat template for conversations, where the checkpoint has several; None takes its
             default.
-        prefill_chunk: most prompt tokens to run at a time, which bounds the memory of activations; a later chunk
-            attends the earlier ones as they are stored. None runs prompts whole and attends them exactly.
+        prefill_chunk: most tokens of a prompt to run at a time, which bounds the memory of activations; a later chunk
+            attends the earlier ones as they are stored. None runs prompts whole and attends them exactly. "auto" does
+            so too, but for prompts of more than `DEVICE_CHUNK` tokens in all, in a quantized cache of a TPU or GPU.
         **options: fields of `GenerationSettings`, which change those of `settings`: `max_new_tokens` (128),
             `temperature` (0, greedy), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`, `stop`, `logprobs`,
             `ignore_eos`.
@@ -149,7 +157,7 @@ def stream(
     *,
     n: int | None = None,
     chat_template: str | None = None,
-    prefill_chunk: int | None = None,
+    prefill_chunk: PrefillChunk = "auto",
     every: int | None = STREAM_TOKENS,
     **options: Unpack[GenerationOptions],
 ) -> Iterator[list[Completion] | list[list[Completion]]]:
@@ -169,8 +177,8 @@ def stream(
     settings = make_settings(settings, n, **options)
     if every is not None:
         every = read_size("every", every, ", or None for the end result only")
-    if prefill_chunk is not None:
-        prefill_chunk = read_size("prefill_chunk", prefill_chunk, ", or None for whole prompts")
+    if prefill_chunk not in (None, "auto"):
+        prefill_chunk = read_size("prefill_chunk", prefill_chunk, ", None for whole prompts, or 'auto'")
     config = resolve_kv(kv, params.config.head_dim, params.config.num_layers)
     stops, end_tokens = read_stops(params, settings)
     listed = _list_prompts(prompts)
@@ -191,10 +199,19 @@ def stream(
         for prompt, tokens in zip(listed, ids, strict=True)
         for _ in range(samples)
     ]
-    steps = run(params, batch, readers, config, settings, prefill_chunk, every)
+    chunk = _default_chunk(config, len(ids)) if prefill_chunk == "auto" else prefill_chunk
+    steps = run(params, batch, readers, config, settings, chunk, every)
     if settings.n is None:
         return steps
     return ([step[row : row + samples] for row in range(0, len(step), samples)] for step in steps)
+
+
+def _default_chunk(kv: KVConfig, prompts: int) -> int | None:
+    """Of few prompts. More of them take less memory whole, one after the other, than in chunks side by side."""
+    if not kv.quantized or jax.default_backend() not in ("tpu", "gpu"):
+        return None
+    size = DEVICE_CHUNK // prompts
+    return size if size >= LEAST_CHUNK else None
 
 
 def _list_prompts(prompts: Prompts) -> list[Any]:

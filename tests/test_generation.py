@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import kivi_jax
-from kivi_jax import KVConfig
+from kivi_jax import KVConfig, generation
+from kivi_jax.kv.config import PRESETS
 from kivi_jax.rows import random_key, split_seed
 from tests.further import further
 from tests.tiny_checkpoint import write_checkpoint
@@ -238,7 +239,7 @@ def test_a_text_gives_a_completion_and_a_list_a_list(lettered):
         ([[1]], {"max_new_tokens": None}, "max_new_tokens must be a whole number"),
         ([[1]], {"max_new_tokens": True}, "max_new_tokens must be a whole number"),
         ([[1]], {"n": 1.5}, "n must be a whole number, or None for a single sample, got 1.5"),
-        ([[1]], {"prefill_chunk": 16.0}, "prefill_chunk must be a whole number, or None for whole prompts"),
+        ([[1]], {"prefill_chunk": 16.0}, "prefill_chunk must be a whole number, None for whole"),
         ([[1]], {"temperature": 1.0, "top_k": 2.5}, "top_k must be a whole number"),
         ([[1]], {"temperature": None}, "temperature must be a number, got None"),
         ([[1]], {"temperature": 1.0, "top_p": "0.9"}, "top_p must be a number"),
@@ -283,6 +284,23 @@ def test_chunks_of_a_prompt_attend_the_stored_ones(tiny):
         kivi_jax.generate(tiny, [PROMPTS[3]], prefill_chunk=size, **settings)[0] for size in (None, 32)
     )
     assert 1e-4 < abs(whole.logprobs[0] - chunked.logprobs[0]) < 1
+
+
+def test_long_prompts_run_in_chunks_on_devices(tiny, monkeypatch):
+    """Of quantized caches, and where so few at a time take less memory than one as a whole."""
+    kivi2, bf16 = PRESETS["kivi2"], PRESETS["bf16"]
+    assert generation._default_chunk(kivi2, 1) is None
+    for backend in ("tpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert [generation._default_chunk(kivi2, prompts) for prompts in (1, 4, 5)] == [8192, 2048, None]
+        assert generation._default_chunk(bf16, 1) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(generation, "_default_chunk", lambda kv, prompts: 32)
+    settings = {"kv": KVConfig(2, 2, 32, 32), "max_new_tokens": 1, "logprobs": True}
+    default, chunked = (
+        kivi_jax.generate(tiny, [PROMPTS[3]], **settings, **x)[0] for x in ({}, {"prefill_chunk": 32})
+    )
+    assert default.logprobs == chunked.logprobs
 
 
 def test_prefill_chunk_must_be_positive(tiny):

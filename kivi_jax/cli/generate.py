@@ -63,7 +63,11 @@ def generate(
     ] = False,
     prefill_chunk: Annotated[
         int | None,
-        typer.Option(min=1, help="Most prompt tokens to run at a time, for long prompts in little memory."),
+        typer.Option(
+            min=1,
+            help="Most tokens of a prompt to run at a time, for long prompts in little memory; by default TPUs and "
+            "GPUs cut few very long ones.",
+        ),
     ] = None,
     max_positions: MaxPositions = None,
     dtype: DType = "bfloat16",
@@ -102,7 +106,7 @@ def generate(
             settings,
             n=samples,
             chat_template=chat_template,
-            prefill_chunk=prefill_chunk,
+            prefill_chunk="auto" if prefill_chunk is None else prefill_chunk,
         )
         shown = [""] * len(prompt) if chat else prompt
         if len(prompt) == samples == 1 and not as_json:

@@ -17,12 +17,11 @@ from jaxtyping import Float, Int
 
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.alibi import Slopes
-from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES
+from kivi_jax.pallas_kernels.chunk_attention import tpu as chunk_attention
 from kivi_jax.pallas_kernels.decode_attention.tpu_kernel import scratch_buffers, step
-from kivi_jax.pallas_kernels.decode_attention.tpu_plan import SET, Plan, make_plan
+from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_QUERIES, SET, Plan, make_plan
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
-
-HEAD_DIMS = (64, 128, 256)
+from kivi_jax.pallas_kernels.tpu_registers import LANES
 
 
 def decode_attention(
@@ -35,7 +34,7 @@ def decode_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B 1 Hq D"]:
-    """`api.decode_attention` as one kernel.
+    """`api.decode_attention` as one kernel; of more than `MOST_QUERIES` queries of a KV head, as that of chunks.
 
     Args:
         interpret: run anywhere, slowly.
@@ -44,6 +43,8 @@ def decode_attention(
         NotImplementedError: something the kernel does not cover, which the message names.
     """
     check_supported(q, layer)
+    if q.shape[2] // k.shape[2] > MOST_QUERIES:
+        return _attend_many(q, k, v, layer, lengths, heads, interpret)
     q, k, v = q[:, 0], heads.of_new(k)[:, 0], heads.of_new(v)[:, 0]
     batch, query_heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -77,13 +78,25 @@ def decode_attention(
 
 
 def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
-    """Raises NotImplementedError with what the kernel does not cover, if there is something."""
-    head_dim = q.shape[-1]
-    if head_dim not in HEAD_DIMS:
-        raise NotImplementedError(f"the TPU kernel takes a head_dim of 64, 128 or 256, not {head_dim}")
-    for name, dtype in (("queries", q.dtype), ("a state", layer.window_k.dtype)):
-        if dtype != jnp.bfloat16:
-            raise NotImplementedError(f"the TPU kernel takes bfloat16, not {name} of {dtype}")
+    """Raises NotImplementedError with what the kernels do not cover, which is the same for both."""
+    chunk_attention.check_supported(q, layer)
+
+
+def _attend_many(
+    q: Float[Array, "B 1 Hq D"],
+    k: Float[Array, "B 1 H D"],
+    v: Float[Array, "B 1 H D"],
+    layer: QuantizedLayer,
+    lengths: Int[Array, " B"],
+    heads: Heads,
+    interpret: bool,
+) -> Float[Array, "B 1 Hq D"]:
+    """The same as a chunk of one token in each row that has tokens."""
+    counts = (lengths > 0).astype(jnp.int32)
+    out = chunk_attention.chunk_attention(q, k, v, layer, lengths, counts, heads, interpret=interpret)
+    v = heads.of_new(v)
+    alone = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+    return jnp.where((lengths > 0)[:, None, None, None], out, alone)
 
 
 def _list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[tuple[Array, Array, Array], Array]:

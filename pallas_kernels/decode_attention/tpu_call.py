@@ -9,8 +9,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from kivi_jax.kv.rings import newest_round
-from kivi_jax.pallas_kernels.decode_attention.tpu_codes import SUBLANES, Tiles
+from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan
+from kivi_jax.pallas_kernels.tpu_registers import SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,8 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int8, Int32
 
-LANES = 128
-SUBLANES = 8
-ROWS_16_BIT = 2 * SUBLANES  # rows of a register of 16-bit numbers
-ROWS_8_BIT = 4 * SUBLANES  # rows of a register of 8-bit numbers
+from kivi_jax.pallas_kernels.tpu_registers import LANES, ROWS_8_BIT, SUBLANES
+
 BYTE_BITS = 8
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from kivi_jax.pallas_kernels.decode_attention.tpu_registers import by_half, swap_halves
+from kivi_jax.pallas_kernels.tpu_registers import by_half, swap_halves
 
 # Numbers from 2^23 to 2^24 have a last bit of 1, so adding this rounds a much smaller one, and its last two bytes are
 # then those of x + 128: the high one is rounded to nearest, and the low one is flipped in its top bit.

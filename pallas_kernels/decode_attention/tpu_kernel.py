@@ -12,10 +12,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kivi_jax.pallas_kernels.decode_attention import tpu_keys, tpu_values
 from kivi_jax.pallas_kernels.decode_attention.tpu_call import Call
-from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES, ROWS_16_BIT, SUBLANES
 from kivi_jax.pallas_kernels.decode_attention.tpu_keys import bias
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import ROWS_OF_HALF, SET, Plan
-from kivi_jax.pallas_kernels.decode_attention.tpu_registers import (
+from kivi_jax.pallas_kernels.tpu_registers import (
+    LANES,
+    ROWS_16_BIT,
+    SUBLANES,
     by_half,
     dot,
     dot_transposed,

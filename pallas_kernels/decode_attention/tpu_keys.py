@@ -20,10 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kivi_jax.pallas_kernels.decode_attention import tpu_fixed_point
 from kivi_jax.pallas_kernels.decode_attention.tpu_call import Call
-from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES, ROWS_8_BIT, SUBLANES
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_FIXED, SPAN_GROUPS, TINY
-from kivi_jax.pallas_kernels.decode_attention.tpu_registers import (
+from kivi_jax.pallas_kernels.tpu_registers import (
     HALF,
+    LANES,
+    ROWS_8_BIT,
+    SUBLANES,
     by_half,
     dot_transposed,
     round_to_bfloat16,
@@ -36,7 +38,7 @@ from kivi_jax.pallas_kernels.decode_attention.tpu_registers import (
 
 
 def prepare_queries(call: Call, heads: list[Array]) -> None:
-    """Stores queries of some heads times the factor by which they are numbers of fixed point with any scale of the block."""
+    """Stores queries of some heads times the factor that keeps them in fixed point with any scale of the block."""
     plan, refs, keys = call.plan, call.refs, call.plan.keys
     for head in heads:
         scale = refs["k_scale"][head].astype(jnp.float32)

@@ -8,7 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int32
 
 from kivi_jax.kv.quantized import QuantizedLayer
-from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES, SUBLANES, Tiles
+from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
+from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
 
 LOG2_E = math.log2(math.e)
 # Query heads whose numbers are the four bytes of a row of words.

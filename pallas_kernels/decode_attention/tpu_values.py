@@ -16,14 +16,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kivi_jax.pallas_kernels.decode_attention import tpu_fixed_point
 from kivi_jax.pallas_kernels.decode_attention.tpu_call import Call
-from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES, SUBLANES
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import ROWS_OF_HALF, SET, TINY, Plan
-from kivi_jax.pallas_kernels.decode_attention.tpu_registers import (
+from kivi_jax.pallas_kernels.tpu_registers import (
     HALF,
+    LANES,
+    SUBLANES,
     dot,
     dot_transposed,
     lane_iota,
-    pack_bfloat16,
+    pack_rows,
     sublane_iota,
     swap_halves,
     take_lanes,
@@ -70,7 +71,7 @@ def _scales_and_zeros(call: Call, head: Array, span: Array) -> list[Array]:
     plan, values, groups = call.plan, call.plan.values, call.plan.channel_groups
     lanes = pl.ds(pl.multiple_of(span * plan.span, plan.span), plan.span)
     scale, zero = (call.refs[name][head, :, lanes].astype(jnp.float32) for name in ("v_scale", "v_zero"))
-    words = pack_bfloat16(scale, zero, call.interpret)
+    words = pack_rows(scale, zero, call.interpret)
     tiles = [words[:, i : i + values.tokens] for i in range(0, plan.span, values.tokens)]
     ordered = take_ordered(jnp.concatenate(tiles, axis=0), values.token_of_lane)
     row = jax.lax.broadcasted_iota(jnp.int32, (2 * groups, LANES), 0)

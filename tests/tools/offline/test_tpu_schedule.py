@@ -90,11 +90,10 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
 def test_cost_of_512_tokens_of_a_head():
     case = tpu_report.attention("Llama 3 8B", "kivi2")
     assert case.packed_bytes(512) == 512 * 128 * 2 * 3 / 8  # 3.0 bits a value
-    plan = tpu_programs.plan_of(case, "v5e")
-    cost = tpu_report.Cost.of(plan, read_schedule(BUNDLES, utilization()))
-    tokens = plan.span * plan.unroll
+    pipeline = tpu_programs.pipeline_of(case, "v5e")
+    cost = tpu_report.Cost.of(pipeline, read_schedule(BUNDLES, utilization()))
+    tokens = pipeline.pass_tokens
     assert cost.main * tokens == 7 * 512
     assert cost.bundles * tokens == 4 * 512
-    # A step takes `tokens` as often as it has them, all but the first time in the inner loop.
-    times = plan.block * plan.heads // tokens
-    assert cost.whole * tokens * times == pytest.approx((14 + (times - 1) * 7) * 512)
+    # Two passes more than the tokens take fill and empty the pipeline.
+    assert cost.whole * tokens * pipeline.units == pytest.approx((14 + (pipeline.units + 2) * 7) * 512)

@@ -1,4 +1,4 @@
-"""Matrix products, and operations on lanes and rows of a TPU's vector registers, for the decode kernel."""
+"""Matrix products, and operations on lanes and rows of a TPU's vector registers."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from kivi_jax.pallas_kernels.decode_attention.tpu_codes import LANES, SUBLANES
-
+LANES = 128
+SUBLANES = 8
+ROWS_16_BIT = 2 * SUBLANES  # rows of a register of 16-bit numbers
+ROWS_8_BIT = 4 * SUBLANES  # rows of a register of 8-bit numbers
 HALF = SUBLANES // 2
 
 
@@ -63,12 +65,16 @@ def take_ordered(x: Array, source: Callable[[int], Array]) -> list[Array]:
     return ordered
 
 
-def pack_bfloat16(low: Array, high: Array, interpret: bool) -> Array:
-    """Words whose halves are the two numbers, which are bfloat16 already."""
+def tile_rows(x: Array, rows: int) -> Array:
+    return jnp.concatenate([x] * (rows // x.shape[0]), axis=0)
+
+
+def pack_rows(even: Array, odd: Array, interpret: bool) -> Array:
+    """Words whose halves are `even` and `odd` as bfloat16; bitcast to bfloat16, they are rows in turn."""
     if interpret:  # the interpreter lacks the instruction
-        low, high = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (low, high))
-        return jax.lax.shift_right_logical(low, jnp.full_like(low, 16)) | (high & -0x10000)
-    return pltpu.pack_elementwise([low, high], packed_dtype=jnp.bfloat16)
+        rows = jnp.stack([even, odd], axis=1).reshape(2 * even.shape[0], even.shape[1])
+        return pltpu.bitcast(rows.astype(jnp.bfloat16), jnp.int32)
+    return pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16)
 
 
 def round_to_bfloat16(x: Array) -> Array:

@@ -15,9 +15,8 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import BFloat16, Int32
 
-LANES = 128
-SUBLANES = 8
-ROWS_16_BIT = 2 * SUBLANES  # rows of a register of 16-bit numbers
+from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
+
 BFLOAT16_ONE = 0x3F80
 MANTISSA_BITS = 7
 
@@ -61,11 +60,6 @@ class Tiles:
         return 16 // self.bits
 
     @property
-    def groups(self) -> int:
-        """Key groups in a tile."""
-        return self.tokens // self.group_size
-
-    @property
     def unit(self) -> float:
         """What a step of the code adds to an unpacked number: a power of two."""
         return 2.0 ** (self._low_bit - MANTISSA_BITS)
@@ -78,11 +72,6 @@ class Tiles:
     @property
     def middle_code(self) -> float:
         return (2**self.bits - 1) / 2
-
-    @property
-    def middle(self) -> float:
-        """The unpacked number of `middle_code`. Products are taken around it, which keeps rounding errors small."""
-        return 1 + self.unit * self.middle_code
 
     def unpack(self, words: Int32[Array, "word_rows lanes"]) -> BFloat16[Array, "tile lanes"]:
         """`1 + unit · code` of a tile's codes."""
@@ -115,34 +104,6 @@ class Tiles:
         word_row = self.halves * (vreg * SUBLANES + row) + half
         return word_row * (2 * self.fields) + of_word * self.fields + field
 
-    def lane_of_token(self, token: Int32[Array, "..."]) -> Int32[Array, "..."]:
-        """The place of a tile's token in the unpacked order, in which the second half follows the first."""
-        field = token & (self.fields - 1)
-        of_word = (token >> self._field_bits) & 1
-        word_row = token >> (self._field_bits + 1)
-        half = word_row & (self.halves - 1)
-        row = word_row >> (self.halves - 1)
-        register = (row >> 3) * self.fields + field
-        return half * LANES + register * ROWS_16_BIT + 2 * (row & (SUBLANES - 1)) + of_word
-
     @property
     def _field_bits(self) -> int:
         return self.fields.bit_length() - 1
-
-    def group_of_lane(self) -> Int32[Array, "sublanes lanes"]:
-        """The tile's key group on each lane; the same for both halves, which share every group."""
-        return self.token_of_lane(0) >> (self.group_size.bit_length() - 1)
-
-    @property
-    def scale_repeats(self) -> int:
-        """Consecutive rows of an unpacked register that share a group's scale."""
-        return 2 * min(self._rows_of_group, SUBLANES)
-
-    def group_of_register(self, register: int) -> int:
-        """The tile's key group that the first rows of an unpacked register belong to."""
-        return register // self.fields * SUBLANES // self._rows_of_group
-
-    @property
-    def _rows_of_group(self) -> int:
-        """Rows of words that hold the tokens of a key group."""
-        return self.group_size // (2 * self.fields * self.halves)
