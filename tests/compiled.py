@@ -42,17 +42,12 @@ def arrays_not_read(compiled: Compiled, case: Attention) -> set[str]:
     return names_of_arrays(case.layer(), "layer") - read
 
 
-def changing_arrays(
-    case: Attention,
-    decode_attention: Callable[..., Array],
-    changes: Mapping[str, Callable[[Array], Array]],
-) -> Program:
-    """`case` with some of the layer's arrays changed first, by their names."""
-    program = case.program("", decode_attention)
+def changing_arrays(program: Program, changes: Mapping[str, Callable[[Array], Array]]) -> Program:
+    """Attention with some of the layer's arrays changed first, by their names."""
 
-    def attend(q: Array, k: Array, v: Array, layer: QuantizedLayer, lengths: Array) -> Array:
+    def attend(q: Array, k: Array, v: Array, layer: QuantizedLayer, *rows: Array) -> Array:
         changed = {name: change(getattr(layer, name)) for name, change in changes.items()}
-        return program.function(q, k, v, dataclasses.replace(layer, **changed), lengths)
+        return program.function(q, k, v, dataclasses.replace(layer, **changed), *rows)
 
     return Program("", attend, program.arguments)
 

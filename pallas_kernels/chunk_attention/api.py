@@ -7,11 +7,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kivi_jax.kv.layer import Layer
-from kivi_jax.pallas_kernels.chunk_attention import xla
+from kivi_jax.pallas_kernels.chunk_attention import gpu, xla
 from kivi_jax.pallas_kernels.dispatch import Implementation, Kernel, check_implementation, dispatch
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {"pallas_gpu": Kernel("cuda", "gpu", gpu.chunk_attention, gpu.check_supported)}
 
 
 def chunk_attention(

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
 from kivi_jax.kv.quantized import QuantizedLayer
+from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Plan, list_work
 from kivi_jax.pallas_kernels.devices import nvidia_capability
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
@@ -74,10 +75,10 @@ def decode_attention(
         "q": q,
         "k": k,
         "v": v,
-        **_stored(layer),
+        **stored(layer),
     }
     if heads.alibi_slopes is not None:
-        inputs["slopes"] = jax.lax.reduce_precision(jnp.asarray(heads.alibi_slopes, jnp.float32), 8, 7)
+        inputs["slopes"] = rounded_slopes(heads.alibi_slopes)
     if plan.whole_rows:
         return _attend_rows(plan, inputs, interpret)[:, None]
     items = work["rows"].size
@@ -119,7 +120,7 @@ def _attend_rows(plan: Plan, inputs: dict[str, Array], interpret: bool) -> Float
     )(*inputs.values())
 
 
-def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
+def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
     """Raises NotImplementedError with what the kernel does not cover, if there is something."""
     if gpu_kernel is None:
         raise NotImplementedError(
@@ -143,7 +144,13 @@ def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
         )
 
 
-def _stored(layer: QuantizedLayer) -> dict[str, Array]:
+def rounded_slopes(slopes: Slopes) -> Float[Array, " Hq"]:
+    """To bfloat16, as `alibi_bias` has them."""
+    return jax.lax.reduce_precision(jnp.asarray(slopes, jnp.float32), exponent_bits=8, mantissa_bits=7)
+
+
+def stored(layer: QuantizedLayer) -> dict[str, Array]:
+    """The layer's arrays by the names that kernels know them by."""
     head_dim = layer.window_k.shape[-1]
 
     def unfold(codes: Array) -> Array:

@@ -153,7 +153,7 @@ def _add_tile(
         * functools.reduce(jnp.maximum, [x for x, of in zip(more, key_units, strict=True) if of == unit])
         for unit in _units(plan.key_bits, dtype)
     ]
-    unit = score_unit(plan)
+    unit = score_unit(plan.head_dim)
     maximum = (functools.reduce(jnp.maximum, highest) * unit).max(0)
     sums = sums.shrunk_to(jnp.maximum(sums.maximum, maximum))
     shared = shared * unit - sums.maximum[None, :]
@@ -242,7 +242,7 @@ def _scores(
     first_tokens = _first_tokens(plan, item, tile)
     if item.slopes is not None:
         more = [
-            x + bias(item.slopes, first_tokens + j) / unit
+            x + bias(item.slopes, first_tokens[:, None] + j) / unit
             for j, (x, unit) in enumerate(zip(more, units, strict=True))
         ]
     oldest = jnp.int32(plan.sinks)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kivi_jax.pallas_kernels.chunk_attention.gpu import chunk_attention
 from kivi_jax.pallas_kernels.decode_attention import gpu
 from kivi_jax.pallas_kernels.decode_attention.gpu_packed import KEY_CHANNELS
 from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import VALUE_CHANNELS
@@ -13,12 +14,19 @@ from tools.offline.gpu_schedule import Loop
 
 # The two that decode attention launches, by name; if its rows are many, only the first.
 ATTEND, MERGE = "kivi_decode_attention", "kivi_merge"
+CHUNK = "kivi_chunk_attention"
 
 
 def kernels(devices: Sequence[Any], cases: dict[str, dict[str, Any]]) -> Iterator[Program]:
     """A program for each of `cases`: the fields of an `Attention`, by name."""
     for name, fields in cases.items():
         yield Attention(**fields).program(name, gpu.decode_attention)
+
+
+def chunk_kernels(devices: Sequence[Any], cases: dict[str, dict[str, Any]], new: int) -> Iterator[Program]:
+    """The same for chunks of `new` tokens."""
+    for name, fields in cases.items():
+        yield Attention(**fields).chunk_program(name, chunk_attention, new)
 
 
 def tile_loop(compiled: CompiledForGPU, head_dim: int) -> Loop:
