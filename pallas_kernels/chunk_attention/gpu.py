@@ -15,8 +15,9 @@ from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 try:
     from kivi_jax.pallas_kernels.chunk_attention import gpu_kernel
+    from kivi_jax.pallas_kernels.decode_attention import gpu_wide
 except ImportError:  # of Pallas' Triton lowering, see `gpu`
-    gpu_kernel = None  # type: ignore[assignment]
+    gpu_kernel = gpu_wide = None  # type: ignore[assignment]
 
 
 def chunk_attention(
@@ -39,22 +40,9 @@ def chunk_attention(
         NotImplementedError: something the kernel does not cover, which the message names.
     """
     check_supported(q, layer)
-    batch, new, query_heads, head_dim = q.shape
+    batch, new, query_heads, _ = q.shape
     kv_heads = heads.kv_heads or layer.num_kv_heads
-    config = layer.config
-    plan = Plan(
-        new=new,
-        shared=query_heads // kv_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        key_bits=config.key_bits,
-        value_bits=config.value_bits,
-        group_size=config.group_size,
-        residual=config.residual_length,
-        capacity=layer.blocks * config.residual_length,
-        sinks=config.sink_tokens,
-        sliding_window=layer.sliding_window,
-    )
+    plan = Plan(**Plan.fields_of(query_heads, kv_heads, layer), new=new)
     inputs = {
         "lengths": lengths.astype(jnp.int32),
         "counts": counts.astype(jnp.int32),
@@ -70,7 +58,7 @@ def chunk_attention(
         functools.partial(gpu_kernel.attend_block, plan=plan, names=(*inputs, "out"), interpret=interpret),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(plan.blocks, kv_heads, batch),  # programs that read the same tokens begin together
-        compiler_params=gpu_kernel.compiler_params(),
+        compiler_params=gpu_wide.compiler_params(),
         interpret=interpret,
         name="kivi_chunk_attention",
     )(*inputs.values())
