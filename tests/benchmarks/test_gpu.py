@@ -79,6 +79,10 @@ def test_smoke_measures_every_part(smoke):
         } - timed
         assert {"bf16 cudnn", "bf16 cudnn lengths", "bf16 cudnn folded"} <= failed  # there is none on CPUs
 
+    chunks = {record["contestant"]: record["milliseconds"] for record in results.succeeded("chunks")}
+    assert set(chunks) == {f"{kind} {by}" for kind in ("kivi2", "kivi4") for by in ("kernel", "xla")}
+    assert all(milliseconds > 0 for milliseconds in chunks.values())
+
     generated = {(record["kv"], record["role"]): record for record in results.succeeded("throughput")}
     assert set(generated) == {("bf16", "largest"), ("kivi2 R=32", "largest"), ("kivi2 R=32", "common")}
     assert generated["kivi2 R=32", "common"]["batch"] == generated["bf16", "largest"]["batch"]
@@ -131,7 +135,13 @@ def test_no_time_measures_nothing(smoke, tmp_path, capsys):
     run(out=tmp_path, minutes=0.4)
     assert json.loads((tmp_path / "smoke-cpu.json").read_text())["records"] == []
     printed = capsys.readouterr().out
-    for part in ("correctness", "copy", "attention (4, 2, 64)", "40 + 24 tokens, bf16, largest batch"):
+    for part in (
+        "correctness",
+        "copy",
+        "attention (4, 2, 64)",
+        "chunks (4, 2, 64), 40 over 256",
+        "40 + 24 tokens, bf16, largest batch",
+    ):
         assert f"{part}: left out, no time" in printed
 
 
