@@ -28,7 +28,8 @@ SCHEDULERS = 4  # of a multiprocessor, each with units of its own
 # Cycles for which an instruction of a warp occupies a scheduler's unit on an H100: 32 lanes by 32 for float32, 16 for
 # integers, 4 for special functions (CUDA C++ Programming Guide, arithmetic throughput), and 16 × 8 × 16 products by the
 # 512 a cycle of a tensor core.
-OCCUPIED = {"tensor": 4, "alu": 2, "fma": 1, "special": 8}
+MULTIPLIED = 512
+OCCUPIED = {"tensor": 16 * 8 * 16 / MULTIPLIED, "alu": 2, "fma": 1, "special": 8}
 
 SHAPES = {
     "Llama 2 7B": (32, 32, 128),
@@ -168,13 +169,16 @@ def _cost_rows() -> Iterator[list[str]]:
         attention = case.attention()
         loop = tile_loop(result, attention.head_dim)
         shared = attention.query_heads // attention.kv_heads
-        programs = -(-shared // gpu_plan.rows_of_program(shared, attention.head_dim))
+        rows = gpu_plan.rows_of_program(shared, attention.head_dim)
+        programs = -(-shared // rows)
         warps = programs * result.kernels[ATTEND].threads // 32
         issue = loop.instructions * warps * passes() / SCHEDULERS
         units = {
             kind: cycles * loop.kinds.get(kind, 0) * warps * passes() / SCHEDULERS
             for kind, cycles in OCCUPIED.items()
         }
+        if "HGMMA" in loop.opcodes:  # a warp group's products, which are of many sizes
+            units["tensor"] = programs * 2 * rows * TOKENS * attention.head_dim / MULTIPLIED / SCHEDULERS
         unit = max(units, key=units.__getitem__)
         packed = attention.packed_bytes(TOKENS) / bytes_per_cycle
         dense = 2 * 2 * TOKENS * attention.head_dim / bytes_per_cycle

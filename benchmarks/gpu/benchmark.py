@@ -11,7 +11,7 @@ from benchmarks.gpu.plan import BF16, Plan, Shape, Sizes, Stage
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.worker import Record, WorkerError, work
 
-PARTS = ("correctness", "copy", "attention", "throughput")
+PARTS = ("correctness", "copy", "attention", "chunks", "throughput")
 LARGEST, COMMON = "largest", "common"  # batches: of each kv, and the one that bf16 fits at most
 RETRIES = 3  # of a batch that ran out of memory, each with fewer rows
 FEWER = 0.96
@@ -117,6 +117,22 @@ class Benchmark:
         if cases:
             say(f"attention {shape}{' in PyTorch' if torch else ''}: {len(cases)} cases …")
         return cases
+
+    def chunks(self, stage: Stage) -> None:
+        for shape, sizes in stage.chunks:
+            cases = [
+                (new, tokens)
+                for new, tokens in sizes
+                if self.due(
+                    f"chunks {shape}, {new} over {tokens}",
+                    "chunks",
+                    shape=list(shape),
+                    new=new,
+                    tokens=tokens,
+                )
+            ]
+            if cases:
+                self.collect("chunks", {"shape": shape, "cases": cases, "kernel": self.plan.kernel})
 
     def throughput(self, stage: Stage) -> None:
         for load in stage.loads:

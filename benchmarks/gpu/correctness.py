@@ -1,4 +1,4 @@
-"""Decode attention on the device against the oracle, a float64 softmax over independently decoded codes.
+"""Attention of tokens and chunks on the device against the oracle, a float64 softmax over independently decoded codes.
 
 Rows of one batch lie around the edges of the ring and of the kernel's tiles; one is empty, as rows that have ended are.
 """
@@ -14,8 +14,10 @@ import numpy as np
 
 from benchmarks.gpu.worker import Record, reason, serve
 from kivi_jax.kv import KVConfig
+from kivi_jax.pallas_kernels.chunk_attention.api import chunk_attention
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 from kivi_jax.pallas_kernels.heads import Heads
+from tools.oracle.chunk_attention import oracle as chunk_oracle
 from tools.oracle.decode_attention import NMSE, oracle, stored
 
 WRONG = 1e9  # an error that is no number
@@ -35,6 +37,7 @@ class Case:
         capacity: tokens that a row can hold.
         sliding_window: of the layer.
         alibi: whether scores have position biases.
+        new: most new tokens of a row, whose rows have fewer or none, too; None for one token, as in decoding.
         times: how often every row is in the batch. More than once, no row is divided among programs: so many are they.
     """
 
@@ -44,6 +47,7 @@ class Case:
     capacity: int = 1100
     sliding_window: int | None = None
     alibi: bool = False
+    new: int | None = None
     times: int = 1
 
     @property
@@ -57,6 +61,7 @@ class Case:
             f"sinks {kv.sink_tokens}" if kv.sink_tokens else "",
             f"window {self.sliding_window}" if self.sliding_window else "",
             "ALiBi" if self.alibi else "",
+            f"chunks of {self.new}" if self.new else "",
             f"every row {self.times} times" if self.times > 1 else "",
         ]
         return ", ".join(filter(None, parts))
@@ -79,6 +84,8 @@ class Case:
 def first() -> Iterator[Case]:
     """What the other measurements run."""
     kivi2 = KVConfig(2, 2)
+    for shape in (LLAMA3, FALCON):
+        yield Case(shape, kivi2, new=200)
     for shape in (LLAMA3, LLAMA2, FALCON):
         yield Case(shape, kivi2)
     yield Case(LLAMA3, KVConfig(4, 4))
@@ -88,6 +95,7 @@ def first() -> Iterator[Case]:
 
 def whole() -> Iterator[Case]:
     """Every shape with every pair of bits, and of what else varies, each with few shapes."""
+    yield from whole_of_chunks()
     kivi2, kivi4 = KVConfig(2, 2), KVConfig(4, 4)
     for shape in (LLAMA3, LLAMA2, LLAMA3_70B, FALCON):
         for bits in ((2, 2), (4, 4), (4, 2), (2, 4)):
@@ -113,10 +121,26 @@ def whole() -> Iterator[Case]:
     yield Case(LLAMA3, kivi2, "float16", alibi=True, times=many)
 
 
+def whole_of_chunks() -> Iterator[Case]:
+    kivi2, kivi4 = KVConfig(2, 2), KVConfig(4, 4)
+    for kv in (kivi4, KVConfig(4, 2), KVConfig(2, 4)):
+        yield Case(LLAMA3, kv, new=200)
+    for kv in (kivi2, kivi4):
+        yield Case(LLAMA3, kv, "float16", new=70)
+        yield Case(FALCON, dataclasses.replace(kv, group_size=64), "float16", new=7)
+        yield Case(LLAMA3, dataclasses.replace(kv, group_size=128), new=70)
+    for window, sinks in ((20, 0), (128, 5), (300, 0), (5000, 5)):
+        kv = KVConfig(2, 2, residual_length=32, sink_tokens=sinks)
+        yield Case(LLAMA3, kv, sliding_window=window, new=200)
+    for shape in (LLAMA3, FALCON):
+        yield Case(shape, KVConfig(2, 2, residual_length=96), alibi=True, new=40)
+
+
 def small() -> Iterator[Case]:
     """For a CPU."""
     yield Case((4, 2, 64), KVConfig(2, 2), capacity=300)
     yield Case((3, 1, 128), KVConfig(4, 2, residual_length=32, sink_tokens=5), "float16", 300, 70, True)
+    yield Case((4, 2, 64), KVConfig(2, 4), capacity=300, new=20)
 
 
 GRIDS = {"first": first, "whole": whole, "small": small}
@@ -132,7 +156,7 @@ def measure(kernel: str, grid: str, threads: int, skip: list[str]) -> Iterator[R
 def check(case: Case, kernel: str) -> Record:
     record: Record = {"part": "correctness", "case": case.name}
     try:
-        errors = row_errors(case, kernel)
+        errors = row_errors(case, kernel) if case.new is None else chunk_errors(case, case.new, kernel)
     except Exception as error:  # whatever it is, the other cases are of interest
         return record | {"error": reason(error)}
     worst = max(errors.values())
@@ -162,6 +186,31 @@ def row_errors(case: Case, kernel: str) -> dict[int, float]:
     # Not a number would compare with nothing, and JSON has none.
     errors = np.nan_to_num(errors, nan=WRONG, posinf=WRONG)
     return dict(zip(case.lengths, errors.tolist(), strict=True))
+
+
+def chunk_errors(case: Case, new: int, kernel: str) -> dict[int, float]:
+    """The same of chunks, of those rows that have new tokens."""
+    query_heads, kv_heads, head_dim = case.shape
+    dtype = jnp.dtype(case.dtype)
+    window = case.sliding_window
+    layer, state = stored(case.kv, kv_heads, head_dim, case.lengths, case.capacity, window, dtype)
+    generator = np.random.default_rng(1)
+    rows = len(case.lengths)
+    counts = new * (np.arange(rows) % 4) // 3
+    q = jnp.asarray(generator.standard_normal((rows, new, query_heads, head_dim)), dtype)
+    k, v = jnp.asarray(generator.standard_normal((2, rows, new, kv_heads, head_dim)), dtype)
+    expected = chunk_oracle(q, k, v, state, counts, window, case.slopes)
+    out = chunk_attention(
+        q, k, v, layer, state.lengths, jnp.asarray(counts), Heads(case.slopes), implementation=kernel
+    )
+    there = (np.arange(new) < counts[:, None])[..., None, None]
+    out = np.where(there, np.asarray(out, np.float64), 0)
+    errors = {
+        length: ((out[row] - expected[row]) ** 2).sum() / (expected[row] ** 2).sum()
+        for row, length in enumerate(case.lengths)
+        if counts[row]
+    }
+    return {length: float(np.nan_to_num(error, nan=WRONG, posinf=WRONG)) for length, error in errors.items()}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 BF16 = "bf16"
 
 Shape = tuple[int, int, int]  # query heads, KV heads, head_dim
-Sizes = tuple[tuple[int, int], ...]  # rows and tokens of attention, or tokens of prompts and new ones
+Sizes = tuple[
+    tuple[int, int], ...
+]  # rows and tokens of attention, or new tokens and stored ones, or tokens of prompts and new ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +18,14 @@ class Stage:
     Attributes:
         grid: of correctness, one of `correctness.GRIDS`.
         attention: shapes, the most important first, and how many rows and tokens each is timed with.
+        chunks: shapes, and how many new and stored tokens each is timed with.
         kvs: what is generated with, bf16 first.
         loads: tokens of prompts, and new ones.
     """
 
     grid: str
     attention: tuple[tuple[Shape, Sizes], ...]
+    chunks: tuple[tuple[Shape, Sizes], ...]
     kvs: tuple[str, ...]
     loads: Sizes
 
@@ -74,12 +78,14 @@ FULL = Plan(
         Stage(
             "first",
             ((GROUPED, LONG), (MULTI_HEAD, LONG[-1:]), (MULTI_QUERY, LONG[:1])),
+            ((GROUPED, ((2048, 30720),)),),
             (BF16, "kivi2 R=32"),
             ((161, 338),),
         ),
         Stage(
             "whole",
             tuple((shape, (*SHORT, *LONG, (1, 131072))) for shape in (GROUPED, MULTI_HEAD, MULTI_QUERY)),
+            tuple((shape, ((2048, 30720), (256, 4096))) for shape in (GROUPED, MULTI_HEAD, MULTI_QUERY)),
             tuple(KVS),
             ((161, 338), (4096, 256)),
         ),
@@ -99,8 +105,14 @@ SMOKE = Plan(
     prefix="smoke",
     kernel="xla",
     stages=(
-        Stage("small", (((4, 2, 64), ((1, 256),)),), (BF16, "kivi2 R=32"), ((40, 24),)),
-        Stage("small", (((4, 2, 64), ((2, 160),)),), (), ()),
+        Stage(
+            "small",
+            (((4, 2, 64), ((1, 256),)),),
+            (((4, 2, 64), ((40, 256),)),),
+            (BF16, "kivi2 R=32"),
+            ((40, 24),),
+        ),
+        Stage("small", (((4, 2, 64), ((2, 160),)),), (), (), ()),
     ),
     small=True,
     copy_bytes=2**20,

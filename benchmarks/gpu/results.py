@@ -24,6 +24,7 @@ IDENTITIES = {
     "correctness": ("case",),
     "copy": (),
     "attention": ("shape", "batch", "tokens", "contestant"),
+    "chunks": ("shape", "new", "tokens", "contestant"),
     "throughput": ("prompt", "new", "kv", "role"),
 }
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "numpy", "torch")

@@ -13,7 +13,14 @@ KINDS = ("kivi2", "kivi4")
 
 
 def page(results: Results) -> str:
-    sections = (runs_section, correctness_section, copy_section, attention_section, throughput_section)
+    sections = (
+        runs_section,
+        correctness_section,
+        copy_section,
+        attention_section,
+        chunks_section,
+        throughput_section,
+    )
     lines = [f"# {results.device}", ""]
     for section in sections:
         lines += section(results)
@@ -228,6 +235,30 @@ def _heads(shape: Sequence[int]) -> str:
 def _time_and_rate(record: Record) -> list[str]:
     rate = 1e3 * record["bytes"] / record["milliseconds"]
     return [f"{record['milliseconds']:.4f}", f"{rate / 1e9:.0f}"]
+
+
+def chunks_section(results: Results) -> Iterator[str]:
+    records = results.of("chunks")
+    if not records:
+        return
+    yield "## Attention of chunks"
+    yield ""
+    yield "`new` tokens of one row over `stored` ones and each other."
+    yield ""
+    yield from table(
+        "heads|new|stored|contestant|ms",
+        (
+            [
+                _heads(record["shape"]),
+                str(record["new"]),
+                str(record["tokens"]),
+                record["contestant"],
+                record.get("error") or f"{record['milliseconds']:.3f}",
+            ]
+            for record in records
+        ),
+    )
+    yield ""
 
 
 def throughput_section(results: Results) -> Iterator[str]:

@@ -6,6 +6,7 @@ ones. Of very many short rows each is one item, and nothing is merged. What is b
 """
 
 import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,15 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
 from kivi_jax.kv.quantized import QuantizedLayer
+from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Plan, list_work
 from kivi_jax.pallas_kernels.devices import nvidia_capability
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 try:
-    from kivi_jax.pallas_kernels.decode_attention import gpu_kernel
+    from kivi_jax.pallas_kernels.decode_attention import gpu_kernel, gpu_wide
 except ImportError:  # of Pallas' Triton lowering, which is deprecated since JAX 0.11 and will go
-    gpu_kernel = None  # type: ignore[assignment]
+    gpu_kernel = gpu_wide = None  # type: ignore[assignment]
 
 HEAD_DIMS = (64, 128)
 GROUP_SIZES = (32, 64, 128)
@@ -48,24 +50,15 @@ def decode_attention(
         NotImplementedError: something the kernel does not cover, which the message names.
     """
     check_supported(q, layer)
-    q, k, v = q[:, 0], heads.of_new(k)[:, 0], heads.of_new(v)[:, 0]
-    batch, query_heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    config = layer.config
+    batch, _, query_heads, head_dim = q.shape
+    kv_heads = heads.kv_heads or layer.num_kv_heads
     plan = Plan(
-        shared=query_heads // kv_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        key_bits=config.key_bits,
-        value_bits=config.value_bits,
-        group_size=config.group_size,
-        residual=config.residual_length,
-        capacity=layer.blocks * config.residual_length,
-        sinks=config.sink_tokens,
-        sliding_window=layer.sliding_window,
+        **Plan.fields_of(query_heads, kv_heads, layer),
         alibi=heads.alibi_slopes is not None,
         batch=batch,
     )
+    if not plan.wide:
+        q, k, v = q[:, 0], heads.of_new(k)[:, 0], heads.of_new(v)[:, 0]
     work, of_rows = list_work(lengths, plan)
     inputs = {
         **work,
@@ -74,12 +67,22 @@ def decode_attention(
         "q": q,
         "k": k,
         "v": v,
-        **_stored(layer),
+        **stored(layer),
     }
     if heads.alibi_slopes is not None:
-        inputs["slopes"] = jax.lax.reduce_precision(jnp.asarray(heads.alibi_slopes, jnp.float32), 8, 7)
+        inputs["slopes"] = rounded_slopes(heads.alibi_slopes)
+    programs: ModuleType = gpu_wide if plan.wide else gpu_kernel
+    params = gpu_wide.compiler_params() if plan.wide else gpu_kernel.compiler_params(warps=1)
+    out_shape = jax.ShapeDtypeStruct((batch, query_heads, head_dim), q.dtype)
     if plan.whole_rows:
-        return _attend_rows(plan, inputs, interpret)[:, None]
+        return pl.pallas_call(
+            functools.partial(programs.attend_rows, plan=plan, names=(*inputs, "out"), interpret=interpret),
+            out_shape=out_shape,
+            grid=(plan.programs_of_item, batch),
+            compiler_params=params,
+            interpret=interpret,
+            name="kivi_decode_attention",
+        )(*inputs.values())[:, None]
     items = work["rows"].size
     places = (items, kv_heads, plan.row_blocks * plan.rows)
     results = {
@@ -88,17 +91,17 @@ def decode_attention(
         "weighted": jax.ShapeDtypeStruct((*places, head_dim), jnp.float32),
     }
     parts = pl.pallas_call(
-        functools.partial(gpu_kernel.attend_items, plan=plan, names=(*inputs, *results), interpret=interpret),
+        functools.partial(programs.attend_items, plan=plan, names=(*inputs, *results), interpret=interpret),
         out_shape=list(results.values()),
         grid=(plan.programs_of_item, items),
-        compiler_params=gpu_kernel.compiler_params(warps=1),
+        compiler_params=params,
         interpret=interpret,
         name="kivi_decode_attention",
     )(*inputs.values())
     names = (*of_rows, *results, "out")
     out = pl.pallas_call(
         functools.partial(gpu_kernel.merge, shared=plan.shared, names=names),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=out_shape,
         grid=(batch, query_heads),
         compiler_params=gpu_kernel.compiler_params(warps=4),
         interpret=interpret,
@@ -107,19 +110,7 @@ def decode_attention(
     return out[:, None]
 
 
-def _attend_rows(plan: Plan, inputs: dict[str, Array], interpret: bool) -> Float[Array, "B Hq D"]:
-    q = inputs["q"]
-    return pl.pallas_call(
-        functools.partial(gpu_kernel.attend_rows, plan=plan, names=(*inputs, "out"), interpret=interpret),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(plan.programs_of_item, plan.batch),
-        compiler_params=gpu_kernel.compiler_params(warps=1),
-        interpret=interpret,
-        name="kivi_decode_attention",
-    )(*inputs.values())
-
-
-def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
+def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
     """Raises NotImplementedError with what the kernel does not cover, if there is something."""
     if gpu_kernel is None:
         raise NotImplementedError(
@@ -143,7 +134,13 @@ def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
         )
 
 
-def _stored(layer: QuantizedLayer) -> dict[str, Array]:
+def rounded_slopes(slopes: Slopes) -> Float[Array, " Hq"]:
+    """To bfloat16, as `alibi_bias` has them."""
+    return jax.lax.reduce_precision(jnp.asarray(slopes, jnp.float32), exponent_bits=8, mantissa_bits=7)
+
+
+def stored(layer: QuantizedLayer) -> dict[str, Array]:
+    """The layer's arrays by the names that kernels know them by."""
     head_dim = layer.window_k.shape[-1]
 
     def unfold(codes: Array) -> Array:

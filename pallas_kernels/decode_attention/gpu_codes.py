@@ -87,6 +87,16 @@ def scaled(
     return _in_pairs(f"fma.rn.{kind} $0, $1, $2, $2;", unpacked.dtype, unpacked, negative_scale)
 
 
+def affine(
+    codes: Float[Array, "*n"], scale: Float[Array, "*n"], zero: Float[Array, "*n"], interpret: bool
+) -> Float[Array, "*n"]:
+    """scale · code + zero, rounded once."""
+    if interpret:
+        return (to_float32(codes) * to_float32(scale) + to_float32(zero)).astype(codes.dtype)
+    kind = "bf16x2" if codes.dtype == jnp.bfloat16 else "f16x2"
+    return _in_pairs(f"fma.rn.{kind} $0, $1, $2, $3;", codes.dtype, codes, scale, zero)
+
+
 def _in_pairs(assembly: str, dtype: Any, *args: Array) -> Array:
     (result,) = plgpu.elementwise_inline_asm(
         assembly,

@@ -92,7 +92,7 @@ def _attend_exact(plan: Plan, ref: dict[str, Any], item: Item) -> Sums:
     score = jnp.sum(to_float32(q) * to_float32(ref["k"][item.row, item.new_head, :])[:, None], axis=0)
     if item.slopes is not None:
         score += bias(item.slopes, item.length)
-    score = score * score_unit(plan)
+    score = score * score_unit(plan.head_dim)
     values = (to_float32(ref["v"][item.row, item.new_head, channels]) for channels in pieces(plan))
     weighted = tuple(jnp.broadcast_to(x[:, None], (x.size, plan.rows)) for x in values)
     sums = Sums(score, jnp.ones(plan.rows), weighted)
@@ -129,8 +129,8 @@ def _add_exact(
     """Adds `tokens`, which lie in `slots`, except those before `oldest` or the sliding window."""
     scores = dot(k[item.row, item.head, slots[:, None], jnp.arange(plan.head_dim)[None, :]], q)
     if item.slopes is not None:
-        scores += bias(item.slopes, tokens)
-    scores = scores * score_unit(plan)
+        scores += bias(item.slopes, tokens[:, None])
+    scores = scores * score_unit(plan.head_dim)
     live = tokens >= oldest
     if plan.sliding_window is not None:
         live &= tokens > item.length - plan.sliding_window

@@ -25,6 +25,7 @@ from kivi_jax.pallas_kernels.decode_attention.gpu_codes import (
     unpack,
 )
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import TILE, WORD_TOKENS, WORDS, Plan
+from kivi_jax.pallas_kernels.decode_attention.gpu_registers import split
 from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import (
     VALUE_CHANNELS,
     Item,
@@ -153,7 +154,7 @@ def _add_tile(
         * functools.reduce(jnp.maximum, [x for x, of in zip(more, key_units, strict=True) if of == unit])
         for unit in _units(plan.key_bits, dtype)
     ]
-    unit = score_unit(plan)
+    unit = score_unit(plan.head_dim)
     maximum = (functools.reduce(jnp.maximum, highest) * unit).max(0)
     sums = sums.shrunk_to(jnp.maximum(sums.maximum, maximum))
     shared = shared * unit - sums.maximum[None, :]
@@ -178,7 +179,7 @@ def _add_tile(
     def add_piece(piece: Array, weighted: tuple[Array, ...]) -> tuple[Array, ...]:
         channels = piece * VALUE_CHANNELS + jnp.arange(VALUE_CHANNELS)
         codes = _read_codes(ref["v_codes"], item, words, channels, plan.value_bits, dtype)
-        scales = _split(ref["v_scale"][item.row, item.head, group_of(plan, piece), places])
+        scales = split(ref["v_scale"][item.row, item.head, group_of(plan, piece), places])
         # Registers can't be indexed, so the pieces take turns to be the first, and are in order again after all passes.
         total, *others = weighted
         for probability, (halves, field), scale in zip(probabilities, codes, scales, strict=True):
@@ -202,7 +203,7 @@ def _zeros(
     times = SUMMED // plan.groups
     return [
         jnp.broadcast_to(x[None], (times, *x.shape)).reshape(SUMMED, WORDS)
-        for x in _split(zero.reshape(plan.groups, *places.shape))
+        for x in split(zero.reshape(plan.groups, *places.shape))
     ]
 
 
@@ -242,7 +243,7 @@ def _scores(
     first_tokens = _first_tokens(plan, item, tile)
     if item.slopes is not None:
         more = [
-            x + bias(item.slopes, first_tokens + j) / unit
+            x + bias(item.slopes, first_tokens[:, None] + j) / unit
             for j, (x, unit) in enumerate(zip(more, units, strict=True))
         ]
     oldest = jnp.int32(plan.sinks)
@@ -275,18 +276,3 @@ def _read_codes(
         halves = word.astype(jnp.int16), jax.lax.shift_right_logical(word, 16).astype(jnp.int16)
         found += [(half, field) for half in halves for field in fields_of(bits, dtype)]
     return found
-
-
-def _split(x: Float[Array, "*n fields"]) -> list[Float[Array, "*n"]]:
-    """Splits `x` along its last axis, whose size is a power of two."""
-    count = x.shape[-1]
-    parts = [(0, x.reshape(*x.shape[:-1], *[2] * (count.bit_length() - 1)))]
-    weight = 1
-    while weight < count:
-        parts = [
-            (index + weight * bit, part)
-            for index, array in parts
-            for bit, part in enumerate(jax.lax.unstack(array, axis=array.ndim - 1))
-        ]
-        weight *= 2
-    return [part for _, part in sorted(parts, key=lambda pair: pair[0])]

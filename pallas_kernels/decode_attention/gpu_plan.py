@@ -1,6 +1,7 @@
 """How the GPU kernel's work is divided."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
+from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.devices import nvidia_capability
 
+# The most query heads of a KV head for which programs of one warp issue no more instructions than a warp group, which
+# unpacks codes once for all of them.
+MOST_NARROW = 16
+WIDE_WARPS = 4
+LEAST_WIDE = 64  # query rows of a warp group, in Hopper's products
+WIDE_SUMS = 8192  # weighted sums in a warp group's registers, 64 of each thread
 WORDS = 16  # words in a tile: rows of a matrix product with keys, and what one with values sums over
 WORD_TOKENS = 16  # tokens of what is called a word here, whatever the bits
 TILE = WORDS * WORD_TOKENS
@@ -26,8 +34,11 @@ WHOLE_TILES = 4  # most tiles of rows that are not divided: of many, a few long 
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static properties of a call, for which a kernel is compiled. `capacity` counts packed tokens."""
+class Layout:
+    """How a layer is stored and how many query heads share a KV head of those that are read.
+
+    `capacity` counts packed tokens.
+    """
 
     shared: int
     kv_heads: int
@@ -39,13 +50,41 @@ class Plan:
     capacity: int
     sinks: int
     sliding_window: int | None
+
+    @classmethod
+    def fields_of(cls, query_heads: int, kv_heads: int, layer: QuantizedLayer) -> dict[str, Any]:
+        """The fields by their names, of a call for `kv_heads` of the layer's."""
+        config = layer.config
+        return {
+            "shared": query_heads // kv_heads,
+            "kv_heads": kv_heads,
+            "head_dim": layer.window_k.shape[-1],
+            "key_bits": config.key_bits,
+            "value_bits": config.value_bits,
+            "group_size": config.group_size,
+            "residual": config.residual_length,
+            "capacity": layer.blocks * config.residual_length,
+            "sinks": config.sink_tokens,
+            "sliding_window": layer.sliding_window,
+        }
+
+    @property
+    def groups(self) -> int:
+        """Channel groups of a token; each has one value scale."""
+        return self.head_dim // self.group_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Layout):
+    """The static properties of a call, for which a kernel is compiled."""
+
     alibi: bool
     batch: int
 
     @property
     def whole_rows(self) -> bool:
         """Whether rows are so many, and so short, that a program attends all of one: nothing is left to merge."""
-        many = self.batch * self.programs_of_item >= MOST_ROUNDS * programs_of_round()
+        many = self.batch * self.programs_of_item >= MOST_ROUNDS * self.programs_of_round
         return many and self.capacity <= WHOLE_TILES * TILE
 
     @property
@@ -53,9 +92,14 @@ class Plan:
         return self.kv_heads * self.row_blocks
 
     @property
-    def groups(self) -> int:
-        """Channel groups of a token; each has one value scale."""
-        return self.head_dim // self.group_size
+    def wide(self) -> bool:
+        """Whether query heads are so many that a program is a warp group."""
+        return is_wide(self.shared)
+
+    @property
+    def programs_of_round(self) -> int:
+        warps = WIDE_WARPS if self.wide else 1
+        return AHEAD * max(WARPS_PER_MULTIPROCESSOR // warps, 1) * multiprocessors()
 
     @property
     def rows(self) -> int:
@@ -68,8 +112,22 @@ class Plan:
 
 
 def rows_of_program(shared: int, head_dim: int) -> int:
-    """Query heads in a program, of `shared` on a KV head: the columns of its products, as many as registers allow."""
+    """Query heads in a program, of `shared` on a KV head: the columns of its products, as many as registers allow, or
+    the rows of a wide one's.
+    """
+    if is_wide(shared):
+        return wide_rows(shared, head_dim)
     return 16 if shared > 8 and head_dim == 64 else 8
+
+
+def is_wide(shared: int) -> bool:
+    """Whether programs for `shared` query heads of a KV head are warp groups."""
+    return shared > MOST_NARROW
+
+
+def wide_rows(needed: int, head_dim: int) -> int:
+    """Query rows of a warp group, of which `needed` are there."""
+    return min(WIDE_SUMS // head_dim, LEAST_WIDE if needed <= LEAST_WIDE else 2 * LEAST_WIDE)
 
 
 def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -83,7 +141,7 @@ def list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[dict[str, Array], 
     batch = plan.batch
     most_tiles = -(-plan.capacity // TILE)
     per_item = plan.programs_of_item
-    of_round = programs_of_round()
+    of_round = plan.programs_of_round
     most_packed = max(MOST_ROUNDS * of_round // per_item, batch)
     # Items are about equally long, so that programs which begin together end together.
     sizes = jnp.asarray(np.unique(np.geomspace(1, most_tiles, CANDIDATES).round()), jnp.int32)
@@ -115,7 +173,6 @@ def stages() -> int:
     return 4 if 9 <= (nvidia_capability() or CAPABILITY) < 12 else 3
 
 
-def programs_of_round() -> int:
+def multiprocessors() -> int:
     device = jax.devices()[0]
-    multiprocessors = device.core_count if device.platform == "gpu" else MULTIPROCESSORS
-    return AHEAD * WARPS_PER_MULTIPROCESSOR * multiprocessors
+    return device.core_count if device.platform == "gpu" else MULTIPROCESSORS

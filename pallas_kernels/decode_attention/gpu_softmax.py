@@ -44,15 +44,14 @@ class Sums(NamedTuple):
         return Sums(maximum, self.denominator * shrink, tuple(x * shrink[None, :] for x in self.weighted))
 
 
-def score_unit(plan: Plan) -> float:
-    return plan.head_dim**-0.5 * math.log2(math.e)
+def score_unit(head_dim: int) -> float:
+    """By which scores are multiplied, so that 2^x is what e^x was."""
+    return head_dim**-0.5 * math.log2(math.e)
 
 
-def bias(slopes: Float[Array, " rows"], tokens: Int[Array, "*T"]) -> Float[Array, "*T rows"]:
+def bias(slopes: Float[Array, "*#n"], tokens: Int[Array, "*#n"]) -> Float[Array, "*n"]:
     """`alibi_bias` before the scaling that scores get, too; the slopes are rounded already."""
     positions = to_float32(tokens.astype(jnp.bfloat16))
-    if positions.ndim:
-        positions = positions[:, None]
     return to_float32((slopes * positions).astype(jnp.bfloat16))
 
 

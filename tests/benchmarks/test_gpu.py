@@ -65,7 +65,7 @@ def test_smoke_measures_every_part(smoke):
     assert {record["run"] for record in results.records} == {0}
 
     cases = results.of("correctness")
-    assert len(cases) == 2
+    assert len(cases) == 3
     assert all(record["passed"] and 0 < record["worst"] < 1e-5 for record in cases)
     (copy,) = results.of("copy")
     assert copy["bytes_per_second"] > 0
@@ -78,6 +78,10 @@ def test_smoke_measures_every_part(smoke):
             record["contestant"] for record in results.of("attention", batch=batch, tokens=tokens)
         } - timed
         assert {"bf16 cudnn", "bf16 cudnn lengths", "bf16 cudnn folded"} <= failed  # there is none on CPUs
+
+    chunks = {record["contestant"]: record["milliseconds"] for record in results.succeeded("chunks")}
+    assert set(chunks) == {f"{kind} {by}" for kind in ("kivi2", "kivi4") for by in ("kernel", "xla")}
+    assert all(milliseconds > 0 for milliseconds in chunks.values())
 
     generated = {(record["kv"], record["role"]): record for record in results.succeeded("throughput")}
     assert set(generated) == {("bf16", "largest"), ("kivi2 R=32", "largest"), ("kivi2 R=32", "common")}
@@ -94,7 +98,7 @@ def test_smoke_writes_a_page(smoke):
     results, _ = smoke
     page = results.path.with_suffix(".md").read_text()
     assert re.search(r"^\| 0 \| .* \| 0123456789ab \| ", page, re.MULTILINE)
-    assert "2 of 2 cases are within 1e-5" in page
+    assert "3 of 3 cases are within 1e-5" in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| 4/2 × 64 | ")]
     times = {(row[1], row[2]): row for row in rows if len(row) == 14}
     assert set(times) == {(str(batch), str(tokens)) for batch, tokens in sizes(SMOKE)}
@@ -131,7 +135,13 @@ def test_no_time_measures_nothing(smoke, tmp_path, capsys):
     run(out=tmp_path, minutes=0.4)
     assert json.loads((tmp_path / "smoke-cpu.json").read_text())["records"] == []
     printed = capsys.readouterr().out
-    for part in ("correctness", "copy", "attention (4, 2, 64)", "40 + 24 tokens, bf16, largest batch"):
+    for part in (
+        "correctness",
+        "copy",
+        "attention (4, 2, 64)",
+        "chunks (4, 2, 64), 40 over 256",
+        "40 + 24 tokens, bf16, largest batch",
+    ):
         assert f"{part}: left out, no time" in printed
 
 

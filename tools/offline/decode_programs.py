@@ -67,6 +67,22 @@ class Attention:
         )
         return Program(name, attend, (q, k, k, self.layer(), jax.ShapeDtypeStruct((self.batch,), jnp.int32)))
 
+    def chunk_program(self, name: str, chunk_attention: Callable[..., Array], new: int) -> Program:
+        """Of `new` tokens instead of one."""
+        heads = Heads(self.slopes())
+
+        def attend(
+            q: Array, k: Array, v: Array, layer: QuantizedLayer, lengths: Array, counts: Array
+        ) -> Array:
+            return chunk_attention(q, k, v, layer, lengths, counts, heads)
+
+        q, k = (
+            jax.ShapeDtypeStruct((self.batch, new, heads, self.head_dim), self.dtype)
+            for heads in (self.query_heads, self.kv_heads)
+        )
+        counts = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
+        return Program(name, attend, (q, k, k, self.layer(), counts, counts))
+
 
 def decode_loops(devices: Sequence[Any], cases: dict[str, dict[str, Any]]) -> Iterator[Program]:
     """A program for each of `cases`: the arguments of `decode_loop`, by name."""

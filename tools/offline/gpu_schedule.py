@@ -140,17 +140,18 @@ def _read_code(sass: str) -> tuple[list[Instruction], dict[str, int]]:
 def _following(code: Sequence[Instruction], i: int, labels: Mapping[str, int]) -> Iterator[int]:
     """What may come after instruction `i`.
 
-    Threads of a warp that have come apart go to code out of line and back, by BRA.DIV, which is left out.
+    Threads of a warp that have come apart go to code out of line and back, by BRA.DIV, which is left out; and so are
+    functions that are called, which are traps.
     """
     instruction = code[i]
-    if instruction.opcode in ("BRX", "JMP", "JMX", "RET"):
+    if instruction.opcode in ("BRX", "JMP", "JMX"):
         raise ValueError(f"a kernel that branches by {instruction.opcode} is not known here")
     branches = instruction.opcode == "BRA" and ".DIV" not in instruction.modifiers
     if branches:
         yield labels[_TARGET.search(instruction.operands)[1]]
     # A branch may have its condition before the label.
     always = not instruction.guarded and (
-        instruction.opcode == "EXIT" or (branches and instruction.operands.startswith("`"))
+        instruction.opcode in ("EXIT", "RET") or (branches and instruction.operands.startswith("`"))
     )
     if not always and i + 1 < len(code):
         yield i + 1

@@ -37,6 +37,8 @@ pytestmark = [
 KERNELS = {
     "llama-3": Attention(32, 8, 128),
     "falcon": Attention(71, 1, 64),
+    "falcon-40b": Attention(128, 8, 64),
+    "multi-query": Attention(48, 1, 128),
     "kivi4": Attention(32, 8, 128, 4, 4),
     "window-sinks": Attention(32, 8, 128, sink_tokens=4, sliding_window=1000),
     "kivi4-alibi": Attention(20, 1, 64, 4, 4, alibi=True),
@@ -134,7 +136,7 @@ CHANGES = {
 
 def copying_kernel(devices: Sequence[Any]) -> Iterator[Program]:
     """A kernel that must not pass: something was done to arrays on their way."""
-    yield changing_arrays(KERNELS["llama-3"], gpu.decode_attention, CHANGES)
+    yield changing_arrays(KERNELS["llama-3"].program("", gpu.decode_attention), CHANGES)
 
 
 def test_a_copied_array_is_seen():

@@ -96,10 +96,29 @@ def test_sinks():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(8, 2, 128), (20, 1, 64)])
+@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(8, 2, 128), (12, 1, 64), (20, 1, 64)])
 def test_position_biases(query_heads, heads, head_dim):
     slopes = tuple(2.0 ** (-8 * (i + 1) / query_heads) for i in range(query_heads))
     check(KIVI2, query_heads, heads, head_dim, [0, 1, 127, 300, 1021], capacity=1100, slopes=slopes)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("config", "shape", "settings"),
+    [
+        (PRESETS["kivi4"], (20, 1, 64), {}),
+        (PRESETS["kivi-k4v2"], (40, 2, 128), {"dtype": jnp.float16}),
+        (KVConfig(2, 4, 64, 64, sink_tokens=5), (72, 1, 128), {}),
+        (KVConfig(2, 2, 32, 32), (17, 1, 64), {"sliding_window": 257}),
+        (KVConfig(2, 2, 32, 96, sink_tokens=5), (70, 1, 64), {"sliding_window": 300}),
+    ],
+    ids=str,
+)
+def test_many_query_heads_of_a_kv_head(config, shape, settings):
+    """They are rows of a warp group's products; windowed layers are rings, which the longest rows have been around."""
+    residual = config.residual_length
+    lengths = [*edges(residual, 256, residual + 640), residual + 400]
+    check(config, *shape, lengths, residual + 640, **settings)
 
 
 @pytest.mark.interpreted
@@ -124,6 +143,7 @@ def gpu_of_one_program(monkeypatch):
     [
         (KIVI2, (4, 4, 128), {}),
         (PRESETS["kivi-k4v2"], (8, 2, 64), {"dtype": jnp.float16}),
+        (KVConfig(2, 4, 64, 64), (12, 1, 64), {"slopes": tuple(2.0**-i for i in range(12))}),
         (KVConfig(2, 4, 64, 64), (20, 1, 64), {"slopes": tuple(2.0**-i for i in range(20))}),
         (KVConfig(2, 2, 32, 64, sink_tokens=5), (4, 2, 128), {"sliding_window": 300}),
     ],
