@@ -77,6 +77,13 @@ def pack_rows(even: Array, odd: Array, interpret: bool) -> Array:
     return pltpu.pack_elementwise([even, odd], packed_dtype=jnp.bfloat16)
 
 
+def in_two_pieces(x: Array) -> Array:
+    """Twice the rows in bfloat16: those of a number's first 8 bits, then what is left of it."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    high = jax.lax.bitcast_convert_type(bits & -0x10000, jnp.float32)
+    return jnp.concatenate([high, x - high], axis=0).astype(jnp.bfloat16)
+
+
 def round_to_bfloat16(x: Array) -> Array:
     """The nearest bfloat16, ties to even, as float32. By bits, since a cast there and back may be optimised away."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)

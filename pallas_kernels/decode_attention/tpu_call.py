@@ -59,6 +59,10 @@ class Call:
         live &= (token >= self.oldest) & (token < self.length - plan.residual)
         return token, live
 
+    def rows(self, name: str, *place: Any) -> Any:
+        """Scratch for the rows of numbers, where the chip needs any."""
+        return self.refs[name].at[place] if name in self.refs else None
+
     def tile(self, tiles: Tiles, name: str, head: Array, span: Array, tile: int) -> Array:
         """A tile of the span, unpacked to `[128, lanes]`."""
         of_span = self.plan.span // tiles.tokens * tiles.word_rows

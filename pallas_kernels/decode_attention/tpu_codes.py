@@ -8,6 +8,8 @@ follows that order, which `token_of_lane` gives.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int8, Int32
 
+from kivi_jax.pallas_kernels.decode_attention import tpu_pieces
 from kivi_jax.pallas_kernels.tpu_registers import LANES, ROWS_8_BIT, SUBLANES
 
 BYTE_BITS = 8
@@ -33,6 +36,11 @@ class Tiles:
     bits: int
     group_size: int
     head_dim: int
+
+    dtype: ClassVar[Any] = jnp.int8
+    sum_dtype: ClassVar[Any] = jnp.int32  # of products
+    pieces: ClassVar[int] = 2  # of a number that is multiplied by codes
+    most: ClassVar[float] = 127 * 256  # such a number may be
 
     @property
     def halves(self) -> int:
@@ -64,7 +72,7 @@ class Tiles:
         return self.tokens // self.group_size
 
     @property
-    def unit(self) -> int:
+    def unit(self) -> float:
         """What a step of the code adds to an unpacked number."""
         return 2 ** (BYTE_BITS - self.bits)
 
@@ -88,6 +96,15 @@ class Tiles:
                 rows = words[first : first + SUBLANES]
                 unpacked.append(pltpu.bitcast((rows << shift if shift else rows) & mask, jnp.int8))
         return jnp.concatenate(unpacked, axis=0)
+
+    def split(self, numbers: Mapping[int, Array], rows: Any, interpret: bool) -> list[Array]:
+        """Pieces of numbers, as `tpu_pieces.fixed_point` says; `rows` is scratch of a register of 8-bit numbers."""
+        return tpu_pieces.fixed_point(numbers, interpret)
+
+    def join(self, sums: Sequence[Array]) -> Array:
+        """The sum of products that those of the pieces stand for."""
+        low, high = sums
+        return (low + (high << 8)).astype(jnp.float32)
 
     def token_of_lane(self, half: int) -> Int32[Array, "sublanes lanes"]:
         """The tile's token on each lane of its unpacked order, the same for all 8 sublanes."""

@@ -12,15 +12,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kivi_jax.pallas_kernels.decode_attention import tpu_keys, tpu_values
 from kivi_jax.pallas_kernels.decode_attention.tpu_call import Call
+from kivi_jax.pallas_kernels.decode_attention.tpu_float8 import Float8Tiles
 from kivi_jax.pallas_kernels.decode_attention.tpu_keys import bias
-from kivi_jax.pallas_kernels.decode_attention.tpu_plan import ROWS_OF_HALF, SET, Plan
+from kivi_jax.pallas_kernels.decode_attention.tpu_plan import ROWS_OF_HALF, SET, SPAN_GROUPS, Plan
 from kivi_jax.pallas_kernels.tpu_registers import (
     LANES,
+    ROWS_8_BIT,
     ROWS_16_BIT,
     SUBLANES,
     by_half,
     dot,
     dot_transposed,
+    in_two_pieces,
     iota,
     swap_halves,
     take_lanes,
@@ -39,7 +42,13 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
     def of_unit(*shape: int, dtype: Any = jnp.float32) -> Any:
         return buffer(plan.unroll, *shape, dtype=dtype)
 
-    return {
+    rows = {}
+    if isinstance(plan.keys, Float8Tiles):
+        count = plan.sets * plan.keys.halves * SPAN_GROUPS // SUBLANES
+        rows["key_rows"] = pltpu.VMEM((plan.unroll, count, ROWS_8_BIT, plan.keys.lanes), jnp.float32)
+    if isinstance(plan.values, Float8Tiles):
+        rows["value_rows"] = of_unit(plan.sets * plan.pairs * columns, ROWS_8_BIT)
+    return rows | {
         # Of the rows of a set, the second half repeats the first.
         "maximum": buffer(plan.heads, plan.rows),
         # Every lane holds a part of the sum, and so does each half of the rows.
@@ -203,8 +212,9 @@ def _begin(call: Call, head: Array, new_score: Array, exact: list[Exact]) -> Non
     for scores, values, on_lanes in exact:
         probabilities = jnp.exp2(scores - maximum)
         denominator += probabilities.sum(1, keepdims=True)
-        rounded = probabilities.astype(jnp.bfloat16)
-        weighted += dot_transposed(rounded, values) if on_lanes else dot(rounded, values)
+        pieces = in_two_pieces(probabilities)
+        products = dot_transposed(pieces, values) if on_lanes else dot(pieces, values)
+        weighted += products[: plan.rows] + products[plan.rows :]
     refs["maximum"][head] = jnp.broadcast_to(maximum, (plan.rows, LANES))
     # Both halves of the rows count.
     refs["denominator"][head] = jnp.broadcast_to(denominator / (2 * LANES), (plan.rows, LANES))
@@ -237,10 +247,7 @@ def soften(call: Call, u: int, head: Array, _: Array) -> None:
         for i, x in enumerate(probabilities):
             ordered = _in_order_of_values(plan, x)
             refs["probabilities"][u, number, i] = ordered
-            high = jax.lax.bitcast_convert_type(ordered, jnp.int32) & -0x10000
-            high = jax.lax.bitcast_convert_type(high, jnp.float32)
-            pieces = jnp.concatenate([high, ordered - high], axis=0)
-            refs["probability_pieces"][u, number, i] = pieces.astype(jnp.bfloat16)
+            refs["probability_pieces"][u, number, i] = in_two_pieces(ordered)
 
 
 def _in_order_of_values(plan: Plan, x: Array) -> Array:

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from kivi_jax.pallas_kernels.decode_attention import tpu_fixed_point
+from kivi_jax.pallas_kernels.decode_attention import tpu_pieces
 from kivi_jax.pallas_kernels.decode_attention.tpu_call import Call
-from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_FIXED, SPAN_GROUPS, TINY
+from kivi_jax.pallas_kernels.decode_attention.tpu_plan import SPAN_GROUPS, TINY
 from kivi_jax.pallas_kernels.tpu_registers import (
     HALF,
     LANES,
@@ -46,7 +45,7 @@ def prepare_queries(call: Call, heads: list[Array]) -> None:
         # Groups past the last token may hold anything, even NaN.
         largest = jnp.where(group * keys.group_size < call.used, scale, 0).max(0, keepdims=True)
         q = refs["q"][head, :, : plan.head_dim].astype(jnp.float32)
-        factor = MOST_FIXED / jnp.maximum((jnp.abs(q) * largest).max(1, keepdims=True), TINY)
+        factor = keys.most / jnp.maximum((jnp.abs(q) * largest).max(1, keepdims=True), TINY)
         q = q * factor
         if keys.halves == 2:
             nothing = jnp.zeros_like(q)
@@ -70,14 +69,14 @@ def score(call: Call, u: int, head: Array, span: Array, there: Array) -> None:
     any if the span is not `there`.
     """
     plan, refs, keys = call.plan, call.refs, call.plan.keys
-    for i, of_sets in enumerate(_paired(call, _products(call, head, span))):
+    for i, of_sets in enumerate(_paired(call, _products(call, u, head, span))):
         place = by_half(*plan.places(keys, i))
         token, live = call.token(place + span * plan.span)
         live &= there
         group = place >> (keys.group_size.bit_length() - 1)
         for number, product in enumerate(of_sets):
             rows = pl.ds(number * SUBLANES, SUBLANES)
-            scores = product.astype(jnp.float32) * refs["score_units"][head, rows]
+            scores = product * refs["score_units"][head, rows]
             scores += take_lanes(refs["middles"][u, rows], group)
             if plan.alibi:
                 scores += bias(call, token, head, rows)
@@ -98,7 +97,7 @@ def _groups_of(span: Array) -> Any:
     return pl.ds(pl.multiple_of(span * SPAN_GROUPS, SPAN_GROUPS), SPAN_GROUPS)
 
 
-def _products(call: Call, head: Array, span: Array) -> list[list[Array]]:
+def _products(call: Call, u: int, head: Array, span: Array) -> list[list[Array]]:
     """For each strip and set, a register of products, of which a lane's own four rows are the first half if its group
     is even, and else the second.
     """
@@ -113,15 +112,24 @@ def _products(call: Call, head: Array, span: Array) -> list[list[Array]]:
     tiles = at_once * tokens_of_half // keys.tokens
     strips = []
     for number in range(SPAN_GROUPS // HALF // at_once):
-        first = number * at_once * HALF
-        of_register = slice(first - first % SUBLANES, first - first % SUBLANES + SUBLANES)
-        left = [
-            _left(call, head, set_number, half, scale[of_register], first % SUBLANES // HALF, at_once)
-            for set_number in range(plan.sets)
-            for half in range(keys.halves)
-        ]
+        register, half_of_words = divmod(number * at_once, 2)
+        of_register = scale[register * SUBLANES : (register + 1) * SUBLANES]
+        left = []
+        for set_number in range(plan.sets):
+            for half in range(keys.halves):
+                place = (set_number * keys.halves + half) * (SPAN_GROUPS // SUBLANES) + register
+                rows = call.rows("key_rows", u, place)
+                pieces = keys.split(_scaled(call, head, set_number, half, of_register), rows, call.interpret)
+                whole = at_once == 2
+                left.append(
+                    tpu_pieces.whole(pieces, keys.dtype)
+                    if whole
+                    else tpu_pieces.half(pieces, half_of_words, keys.dtype)
+                )
         right = [call.tile(keys, "k_codes", head, span, number * tiles + i) for i in range(tiles)]
-        product = dot_transposed(jnp.concatenate(left, axis=0), jnp.concatenate(right, axis=0), jnp.int32)
+        product = dot_transposed(
+            jnp.concatenate(left, axis=0), jnp.concatenate(right, axis=0), keys.sum_dtype
+        )
         for i, of_tile in enumerate(split_lanes(product)):
             for half in range(keys.halves):
                 rows = [
@@ -132,31 +140,25 @@ def _products(call: Call, head: Array, span: Array) -> list[list[Array]]:
     return strips
 
 
-def _left(
-    call: Call, head: Array, set_number: int, half: int, scale: Array, half_of_words: int, at_once: int
-) -> Array:
-    """Pieces of a set's queries times the scales of groups on the rows, the low ones first."""
-    plan, refs = call.plan, call.refs
+def _scaled(call: Call, head: Array, set_number: int, half: int, scale: Array) -> dict[int, Array]:
+    """A set's queries, each times the scales of groups on the rows."""
+    plan, queries = call.plan, call.refs["queries"]
     columns = [half] if plan.keys.halves == 2 else range(plan.keys.columns)
     scaled = {}
     for row in plan.used_rows:
         place = pl.ds(set_number * SUBLANES + row, 1)
-        scaled[row] = jnp.concatenate([refs["queries"][i, head, place] for i in columns], axis=1) * scale
-    low, high = tpu_fixed_point.split(scaled, call.interpret)
-    if at_once == 2:
-        return jnp.concatenate([pltpu.bitcast(x, jnp.int8) for x in (low, high)], axis=0)
-    return pltpu.bitcast(tpu_fixed_point.pieces_of_half(low, high, half_of_words), jnp.int8)
+        scaled[row] = jnp.concatenate([queries[i, head, place] for i in columns], axis=1) * scale
+    return scaled
 
 
 def _own_rows(call: Call, product: Array, start: int, at_once: int, tile: int) -> Array:
     """Of a tile's products, from row `start` on, the register with two groups that has the lane's own."""
     keys = call.plan.keys
-    high = start + at_once * ROWS_8_BIT // 2
     first, last = tile * keys.groups // 2, (tile * keys.groups + keys.groups + 1) // 2
-    pairs = [
-        tpu_fixed_point.join(*(product[x + i * SUBLANES : x + (i + 1) * SUBLANES] for x in (start, high)))
-        for i in range(first, last)
-    ]
+    pairs = []
+    for i in range(first, last):
+        rows = [start + piece * at_once * ROWS_8_BIT // 2 + i * SUBLANES for piece in range(keys.pieces)]
+        pairs.append(keys.join([product[row : row + SUBLANES] for row in rows]))
     return select_by(keys.group_of_lane() >> 1, pairs)
 
 

@@ -9,9 +9,12 @@ from jaxtyping import Int32
 
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
+from kivi_jax.pallas_kernels.decode_attention.tpu_float8 import Float8Tiles
 from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
 
 LOG2_E = math.log2(math.e)
+# The first whose matrix units have floating point of 8 bits, and no integers.
+FLOAT8_GENERATION = 7
 # Query heads whose numbers are the four bytes of a row of words.
 SET = 4
 # Rows of products for the queries of a set and the channel groups on their bytes.
@@ -31,9 +34,7 @@ PASSES = 8
 STEP_BYTES = 7 * 2**19
 # And of its rings.
 RING_BYTES = 2 * 2**20
-# Numbers of fixed point, whose two bytes are pieces for the matrix unit, are at most this.
-MOST_FIXED = 127 * 256
-TINY = 1e-30  # instead of no scale at all, for the factor to a number of fixed point
+TINY = 1e-30  # instead of no scale at all, for the factor that makes the most of 8-bit pieces
 # What 32-bit sums of products with codes, which are at least -128, can hold.
 MOST_SUM, MOST_CODE = 2**31 - 1, 128
 
@@ -117,9 +118,9 @@ class Plan:
         return ROWS_OF_HALF * self.values.halves
 
     @property
-    def most_fixed(self) -> int:
-        """Most that a weighted scale of values is as a number of fixed point, so that no sum over a span overflows."""
-        return min(MOST_FIXED, MOST_SUM // (MOST_CODE * self.span))
+    def most_weighted(self) -> float:
+        """Most that a weighted scale of values is as a number in pieces, so that no sum over a span overflows."""
+        return min(self.values.most, MOST_SUM // (MOST_CODE * self.span))
 
     def places(self, tiles: Tiles, pair: int) -> list[Int32[Array, "sublanes lanes"]]:
         """The places in a span that a pair of strips has on its lanes, for each strip."""
@@ -142,8 +143,14 @@ def make_plan(layer: QuantizedLayer, shared: int, kv_heads: int, alibi: bool) ->
     """Plans a call with `shared` query heads for each of `kv_heads` KV heads."""
     config = layer.config
     residual, head_dim = config.residual_length, layer.window_k.shape[3]
-    keys, values = (Tiles(bits, config.group_size, head_dim) for bits in (config.key_bits, config.value_bits))
     generation, cores = _chip()
+    keys, values = (
+        # In floating point of 8 bits there is no room for more.
+        (Float8Tiles if generation >= FLOAT8_GENERATION and bits == 2 else Tiles)(
+            bits, config.group_size, head_dim
+        )
+        for bits in (config.key_bits, config.value_bits)
+    )
     span = SPAN_GROUPS * config.group_size
     fitting = max(RING_BYTES // (2 * residual * max(head_dim, LANES) * 2), 1)
     most = min(fitting, 16, max(kv_heads // cores, 1))

@@ -14,7 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kivi_jax.pallas_kernels.decode_attention import tpu_fixed_point
+from kivi_jax.pallas_kernels.decode_attention import tpu_pieces
 from kivi_jax.pallas_kernels.decode_attention.tpu_call import Call
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import ROWS_OF_HALF, SET, TINY, Plan
 from kivi_jax.pallas_kernels.tpu_registers import (
@@ -53,7 +53,7 @@ def prepare(call: Call, u: int, head: Array, span: Array) -> None:
     words = _scales_and_zeros(call, head, span)
     scales = [jax.lax.bitcast_convert_type(x << 16, jnp.float32) for x in words]
     largest = functools.reduce(jnp.maximum, scales).max(1, keepdims=True).max(0, keepdims=True)
-    factor = plan.most_fixed / jnp.maximum(largest, TINY)
+    factor = plan.most_weighted / jnp.maximum(largest, TINY)
     refs["value_units"][u] = jnp.broadcast_to((1 / plan.values.unit) / factor, (SUBLANES, LANES))
     for pair, scale in enumerate(scales):
         refs["value_affine"][u, pair, : 2 * groups] = words[pair]
@@ -95,19 +95,19 @@ def weigh(call: Call, u: int, head: Array, span: Array) -> None:
     for column in range(values.columns):
         left = jnp.concatenate([_scaled(call, u, number, column) for number in range(plan.sets)], axis=0)
         codes = [tile[:, column * LANES : (column + 1) * LANES] for tile in tiles]
-        product = dot(left, jnp.concatenate(codes, axis=0), jnp.int32)
-        for number in range(plan.sets):
-            pieces = product[2 * number * plan.weighted_rows : 2 * (number + 1) * plan.weighted_rows]
-            joined = tpu_fixed_point.join(pieces[: plan.weighted_rows], pieces[plan.weighted_rows :])
+        product = dot(left, jnp.concatenate(codes, axis=0), values.sum_dtype)
+        for number, of_set in enumerate(jnp.split(product, plan.sets, axis=0)):
+            rows = range(0, values.pieces * plan.weighted_rows, plan.weighted_rows)
+            joined = values.join([of_set[row : row + plan.weighted_rows] for row in rows])
             weighted = refs["weighted"].at[column, head, number]
             shrink, grow = (refs[name][u, number] for name in ("weighted_shrink", "weighted_grow"))
             grow *= refs["value_units"][u, :1]
-            weighted[...] = weighted[...] * shrink + joined.astype(jnp.float32) * grow
+            weighted[...] = weighted[...] * shrink + joined * grow
 
 
 def _scaled(call: Call, u: int, number: int, column: int) -> Array:
     """The pieces of a set's probabilities times the scales of a column's groups, `[rows, tokens]`, low ones first."""
-    plan, refs = call.plan, call.refs
+    plan, refs, values = call.plan, call.refs, call.plan.values
     first = column * plan.strip_groups
     left = []
     for pair in range(plan.pairs):
@@ -116,12 +116,12 @@ def _scaled(call: Call, u: int, number: int, column: int) -> Array:
         for i in range(plan.strip_groups):
             scale = refs["value_scales"][u, pair, (first + i) * SUBLANES : (first + i + 1) * SUBLANES]
             scaled[i * SET // plan.strip_groups] = probabilities * scale
-        low, high = tpu_fixed_point.split(scaled, call.interpret)
-        if plan.values.halves == 1:
-            halves = (tpu_fixed_point.pieces_of_half(low, high, half) for half in range(2))
-            left += [pltpu.bitcast(words, jnp.int8) for words in halves]
+        rows = call.rows("value_rows", u, (number * plan.pairs + pair) * values.columns + column)
+        pieces = values.split(scaled, rows, call.interpret)
+        if values.halves == 1:
+            left += [tpu_pieces.half(pieces, half, values.dtype) for half in range(2)]
         else:  # a tile has both
-            left.append(jnp.concatenate([pltpu.bitcast(words, jnp.int8) for words in (low, high)], axis=0))
+            left.append(tpu_pieces.whole(pieces, values.dtype))
     return jnp.concatenate(left, axis=1)
 
 

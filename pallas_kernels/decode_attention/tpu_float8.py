@@ -1,0 +1,57 @@
+"""Codes and numbers in 8-bit floating point, for TPUs whose matrix units have no integers.
+
+A code of 2 bits lies in the mantissa of `1 + code / 4`. A number is the sum of three pieces with four bits each: itself
+rounded, and twice what is then left of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float8e4m3fn, Int32
+
+from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
+from kivi_jax.pallas_kernels.tpu_registers import SUBLANES
+
+ONES = 0x38383838  # four times the number 1
+FIELDS = 0x06060606  # the mantissas' upper two bits
+TOP_BITS = 0x04040404  # of codes, which are stored flipped
+
+
+class Float8Tiles(Tiles):
+    """Tiles of 2-bit codes that are unpacked to floating point."""
+
+    dtype: ClassVar[Any] = jnp.float8_e4m3fn
+    sum_dtype: ClassVar[Any] = jnp.float32
+    pieces: ClassVar[int] = 3
+    # Below the largest number, so that sums are rounded up to it at most.
+    most: ClassVar[float] = 240.0
+    unit: ClassVar[float] = 1 / 4
+    middle_code: ClassVar[int] = -4
+
+    def unpack(self, words: Int32[Array, "word_rows lanes"]) -> Float8e4m3fn[Array, "128 lanes"]:
+        """`1 + code / 4` of a tile's codes."""
+        unpacked = []
+        for field in range(4):
+            left = 1 - 2 * field
+            moved = words << left if left > 0 else words >> -left
+            unpacked.append(pltpu.bitcast((moved & FIELDS) ^ (ONES | TOP_BITS), self.dtype))
+        return jnp.concatenate(unpacked, axis=0)
+
+    def split(self, numbers: Mapping[int, Array], rows: Any, interpret: bool) -> list[Array]:
+        for byte, x in numbers.items():
+            rows[pl.ds(byte, SUBLANES, stride=4)] = x
+        rest = rows[...]
+        pieces = []
+        for _ in range(self.pieces):
+            piece = rest.astype(self.dtype)
+            rest -= piece.astype(jnp.float32)
+            pieces.append(pltpu.bitcast(piece, jnp.int32))
+        return pieces
+
+    def join(self, sums: Sequence[Array]) -> Array:
+        first, second, third = sums
+        return first + (second + third)
