@@ -151,8 +151,8 @@ class PackedBlock:
     def _decode_values(self, tile: Array, of_span: int, column: int) -> None:
         plan = self.plan
         first = tile * _scale_columns(plan)
-        register = first // LANES
-        source = self._value_sources(column) + first % LANES
+        register = first >> (LANES.bit_length() - 1)
+        source = self._value_sources(column) + (first & (LANES - 1))
         for field, of_field in enumerate(self._unpack(plan.values, "v_codes", tile, column)):
             pair = []
             for of_word, (x, in_high_half) in enumerate(of_field):
