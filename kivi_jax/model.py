@@ -45,8 +45,8 @@ class Params:
         tokenizer: the folder with the tokenizer's files, or the GGUF file with the tokenizer, if there is one.
         sampling_defaults: `sampling` as pairs, which can be hashed.
         mesh: the devices that the weights are split over and the KV state will be; None for a single one.
-        decode_attention: which implementation of it decodes; `dataclasses.replace(params, decode_attention="xla")`
-            keeps a TPU or GPU from running its kernel.
+        decode_attention: which implementation of it decodes, and attends chunks; with "xla" in its place, as by
+            `dataclasses.replace`, a TPU or GPU does not run its kernels.
     """
 
     weights: Any

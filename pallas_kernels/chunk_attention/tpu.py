@@ -21,10 +21,8 @@ from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.chunk_attention.tpu_kernel import scratch_buffers, step
 from kivi_jax.pallas_kernels.chunk_attention.tpu_plan import VMEM_BYTES, Plan, make_plan
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
+from kivi_jax.pallas_kernels.tpu_layers import Inputs, check_supported, stored
 from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES, round_to_bfloat16
-
-HEAD_DIMS = (64, 128, 256)
-GROUP_SIZES = (32, 64, 128)
 
 
 def chunk_attention(
@@ -50,7 +48,8 @@ def chunk_attention(
     k, v = heads.of_new(k), heads.of_new(v)
     (batch, new, query_heads, head_dim), kv_heads = q.shape, k.shape[2]
     plan = make_plan(layer, new, query_heads // kv_heads, heads.alibi_slopes is not None)
-    inputs = _inputs(plan, q, k, v, heads.alibi_slopes) | _stored(plan, layer)
+    inputs = _inputs(plan, q, k, v, heads.alibi_slopes)
+    inputs |= stored(layer, plan.keys, plan.values, plan.block, None, _place)
     scratch = scratch_buffers(plan)
     names = (*inputs, "out", *scratch)
     work, steps = _list_work(lengths, counts, plan)
@@ -78,18 +77,6 @@ def chunk_attention(
         *(array for array, _ in inputs.values()),
     )
     return _from_rows(plan, out, new)
-
-
-def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
-    """Raises NotImplementedError with what the kernel does not cover, if there is something."""
-    head_dim, group_size = q.shape[-1], layer.config.group_size
-    if head_dim not in HEAD_DIMS:
-        raise NotImplementedError(f"the TPU kernel takes a head_dim of 64, 128 or 256, not {head_dim}")
-    if group_size not in GROUP_SIZES:
-        raise NotImplementedError(f"the TPU kernel takes groups of 32, 64 or 128, not {group_size}")
-    for name, dtype in (("queries", q.dtype), ("a state", layer.window_k.dtype)):
-        if dtype != jnp.bfloat16:
-            raise NotImplementedError(f"the TPU kernel takes bfloat16, not {name} of {dtype}")
 
 
 class _Work(NamedTuple):
@@ -162,9 +149,6 @@ def _packed_blocks(
     return first_block, jnp.where(oldest < end, seen, 0)
 
 
-Inputs = dict[str, tuple[Array, pl.BlockSpec]]
-
-
 def _inputs(plan: Plan, q: Array, k: Array, v: Array, alibi_slopes: Slopes | None) -> Inputs:
     """What comes with the new tokens, by KV head."""
     kv_heads, head_dim = k.shape[2:]
@@ -215,40 +199,7 @@ def _block(blocks: Any, step: Any) -> Any:
     return jnp.maximum(block, ~block)
 
 
-def _stored(plan: Plan, layer: QuantizedLayer) -> Inputs:
-    """The layer's arrays. A grid step gets its own block of packed arrays, and its row's block of the others."""
-
-    def spec(token_axis: int | None, size: int, other: int) -> pl.BlockSpec:
-        """The spec of a block with `size` along the axis of tokens (2 or 3) and `other` along the other one."""
-
-        def index(head: Any, step: Any, rows: Any, *prefetched: Any) -> tuple[Any, ...]:
-            _, _, packed, _, _, first = prefetched[:6]
-            block = _block(packed, step)
-            place = (block, 0) if token_axis == 2 else (0, block) if token_axis == 3 else (0, 0)
-            return (rows[step], first[0] + head, *place)
-
-        shape = (other, size) if token_axis == 3 else (size, other)
-        return pl.BlockSpec((None, None, *shape), index)
-
-    def ring(window: Array) -> tuple[Array, pl.BlockSpec]:
-        if plan.ring_on_lanes:  # which is how it lies in memory, and moves nothing
-            return window.swapaxes(2, 3), spec(None, plan.head_dim, plan.residual)
-        return window, spec(None, plan.residual, plan.head_dim)
-
-    keys, values, block = plan.keys, plan.values, plan.block
-    key_scales = spec(2, block // keys.group_size, plan.head_dim)
-    value_scales = spec(3, block, plan.channel_groups)
-    inputs = {
-        "k_codes": (layer.k_codes, spec(2, block // keys.tokens * keys.word_rows, keys.lanes)),
-        "k_scale": (layer.k_scale, key_scales),
-        "k_zero": (layer.k_zero, key_scales),
-        "v_codes": (layer.v_codes, spec(2, block // values.tokens * values.word_rows, values.lanes)),
-        "v_scale": (layer.v_scale, value_scales),
-        "v_zero": (layer.v_zero, value_scales),
-        "window_k": ring(layer.window_k),
-        "window_v": ring(layer.window_v),
-    }
-    if layer.sinks is not None:
-        for name, sinks in zip(("sink_k", "sink_v"), layer.sinks, strict=True):
-            inputs[name] = sinks, spec(None, plan.sinks, plan.head_dim)
-    return inputs
+def _place(head: Any, step: Any, rows: Any, *prefetched: Any) -> tuple[Any, Any, Any]:
+    """Of a grid step, the row, the KV head and the block of packed tokens."""
+    _, _, packed, _, _, first = prefetched
+    return rows[step], first[0] + head, _block(packed, step)

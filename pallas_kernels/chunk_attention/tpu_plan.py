@@ -5,6 +5,7 @@ import math
 
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.chunk_attention.tpu_tiles import Tiles
+from kivi_jax.pallas_kernels.tpu_layers import ring_on_lanes
 from kivi_jax.pallas_kernels.tpu_registers import LANES, ROWS_16_BIT, SUBLANES
 
 LOG2_E = math.log2(math.e)
@@ -102,9 +103,8 @@ class Plan:
 
     @property
     def ring_on_lanes(self) -> bool:
-        """Whether XLA stores a ring's tokens along the lanes: where its channels would leave more of them empty."""
-        across = _round_up(self.residual, LANES) * self.head_dim
-        return across < self.residual * _round_up(self.head_dim, LANES)
+        """Whether rings have their tokens on the lanes."""
+        return ring_on_lanes(self.residual, self.head_dim)
 
     @property
     def score_scale(self) -> float:

@@ -7,12 +7,13 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kivi_jax.kv.layer import Layer
+from kivi_jax.pallas_kernels import tpu_layers
 from kivi_jax.pallas_kernels.decode_attention import gpu, tpu, xla
 from kivi_jax.pallas_kernels.dispatch import Implementation, Kernel, check_implementation, dispatch
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 KERNELS = {
-    "pallas_tpu": Kernel("tpu", "tpu", tpu.decode_attention, tpu.check_supported),
+    "pallas_tpu": Kernel("tpu", "tpu", tpu.decode_attention, tpu_layers.check_supported),
     "pallas_gpu": Kernel("cuda", "gpu", gpu.decode_attention, gpu.check_supported),
 }
 

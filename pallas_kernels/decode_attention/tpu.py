@@ -21,6 +21,7 @@ from kivi_jax.pallas_kernels.chunk_attention import tpu as chunk_attention
 from kivi_jax.pallas_kernels.decode_attention.tpu_kernel import scratch_buffers, step
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_QUERIES, SET, Plan, make_plan
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
+from kivi_jax.pallas_kernels.tpu_layers import Inputs, check_supported, stored
 from kivi_jax.pallas_kernels.tpu_registers import LANES
 
 
@@ -50,7 +51,8 @@ def decode_attention(
     kv_heads = k.shape[1]
     shared = query_heads // kv_heads
     plan = make_plan(layer, shared, kv_heads, heads.alibi_slopes is not None)
-    inputs = _inputs(plan, q, k, v, heads.alibi_slopes) | _stored(plan, layer)
+    inputs = _inputs(plan, q, k, v, heads.alibi_slopes)
+    inputs |= stored(layer, plan.keys, plan.values, plan.block, plan.heads, _place)
     scratch = scratch_buffers(plan)
     names = (*inputs, "out", *scratch)
     work, steps = _list_work(lengths, plan)
@@ -75,11 +77,6 @@ def decode_attention(
     out = out[:, :, :: SET // plan.set_heads][:, :, :shared].reshape(q.shape)
     # Rows without tokens had no step.
     return jnp.where((lengths > 0)[:, None, None], out, jnp.repeat(v, shared, axis=1))[:, None]
-
-
-def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
-    """Raises NotImplementedError with what the kernels do not cover, which is the same for both."""
-    chunk_attention.check_supported(q, layer)
 
 
 def _attend_many(
@@ -111,9 +108,6 @@ def _list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[tuple[Array, Arra
     block = jnp.clip(number - (ends - steps)[row], 0, most - 1)
     work = (row.astype(jnp.int32), block.astype(jnp.int32), lengths.astype(jnp.int32))
     return work, jnp.maximum(ends[-1], 1).astype(jnp.int32)
-
-
-Inputs = dict[str, tuple[Array, pl.BlockSpec]]
 
 
 def _inputs(plan: Plan, q: Array, k: Array, v: Array, alibi_slopes: Slopes | None) -> Inputs:
@@ -148,40 +142,6 @@ def _of_row(head: Any, step: Any, rows: Any, *_: Any) -> tuple[Any, ...]:
     return (rows[step], head, 0, 0)
 
 
-def _stored(plan: Plan, layer: QuantizedLayer) -> Inputs:
-    """The layer's arrays. A grid step gets its own block of packed arrays, and its row's block of the others."""
-
-    def spec(token_axis: int | None, size: int, other: int) -> pl.BlockSpec:
-        """The spec of a block with `size` along the axis of tokens (2 or 3) and `other` along the other one."""
-
-        def index(head: Any, step: Any, rows: Any, blocks: Any, _: Any, first: Any) -> tuple[Any, ...]:
-            block = blocks[step]
-            place = (block, 0) if token_axis == 2 else (0, block) if token_axis == 3 else (0, 0)
-            return (rows[step], first[0] + head, *place)
-
-        shape = (other, size) if token_axis == 3 else (size, other)
-        return pl.BlockSpec((None, plan.heads, *shape), index)
-
-    keys, values, block = plan.keys, plan.values, plan.block
-    key_scales = spec(2, block // keys.group_size, plan.head_dim)
-
-    def ring(window: Array) -> tuple[Array, pl.BlockSpec]:
-        if plan.ring_on_lanes:  # which is how it lies in memory, and moves nothing
-            return window.swapaxes(2, 3), spec(None, plan.head_dim, plan.residual)
-        return window, spec(None, plan.residual, plan.head_dim)
-
-    value_scales = spec(3, block, plan.channel_groups)
-    inputs = {
-        "k_codes": (layer.k_codes, spec(2, block // keys.tokens * keys.word_rows, keys.lanes)),
-        "k_scale": (layer.k_scale, key_scales),
-        "k_zero": (layer.k_zero, key_scales),
-        "v_codes": (layer.v_codes, spec(2, block // values.tokens * values.word_rows, values.lanes)),
-        "v_scale": (layer.v_scale, value_scales),
-        "v_zero": (layer.v_zero, value_scales),
-        "window_k": ring(layer.window_k),
-        "window_v": ring(layer.window_v),
-    }
-    if layer.sinks is not None:
-        for name, sinks in zip(("sink_k", "sink_v"), layer.sinks, strict=True):
-            inputs[name] = sinks, spec(None, plan.sinks, plan.head_dim)
-    return inputs
+def _place(head: Any, step: Any, rows: Any, blocks: Any, _: Any, first: Any) -> tuple[Any, Any, Any]:
+    """Of a grid step, the row, the block of KV heads and the block of packed tokens."""
+    return rows[step], first[0] + head, blocks[step]

@@ -98,7 +98,7 @@ class Tiles:
         return jnp.concatenate(unpacked, axis=0)
 
     def split(self, numbers: Mapping[int, Array], rows: Any, interpret: bool) -> list[Array]:
-        """Pieces of numbers, as `tpu_pieces.fixed_point` says; `rows` is scratch of a register of 8-bit numbers."""
+        """Pieces of numbers, as `tpu_pieces.fixed_point` says; `rows` is scratch, `[columns, 32, 128]`."""
         return tpu_pieces.fixed_point(numbers, interpret)
 
     def join(self, sums: Sequence[Array]) -> Array:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float8e4m3fn, Int32
 
 from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
-from kivi_jax.pallas_kernels.tpu_registers import SUBLANES
+from kivi_jax.pallas_kernels.tpu_registers import SUBLANES, split_lanes
 
 ONES = 0x38383838  # four times the number 1
 FIELDS = 0x06060606  # the mantissas' upper two bits
@@ -43,8 +43,9 @@ class Float8Tiles(Tiles):
 
     def split(self, numbers: Mapping[int, Array], rows: Any, interpret: bool) -> list[Array]:
         for byte, x in numbers.items():
-            rows[pl.ds(byte, SUBLANES, stride=4)] = x
-        rest = rows[...]
+            for column, lanes in enumerate(split_lanes(x)):
+                rows.at[column][pl.ds(byte, SUBLANES, stride=4)] = lanes
+        rest = jnp.concatenate([rows[column] for column in range(rows.shape[0])], axis=1)
         pieces = []
         for _ in range(self.pieces):
             piece = rest.astype(self.dtype)

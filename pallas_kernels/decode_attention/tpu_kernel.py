@@ -45,9 +45,9 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
     rows = {}
     if isinstance(plan.keys, Float8Tiles):
         count = plan.sets * plan.keys.halves * SPAN_GROUPS // SUBLANES
-        rows["key_rows"] = pltpu.VMEM((plan.unroll, count, ROWS_8_BIT, plan.keys.lanes), jnp.float32)
+        rows["key_rows"] = of_unit(count, plan.keys.columns, ROWS_8_BIT)
     if isinstance(plan.values, Float8Tiles):
-        rows["value_rows"] = of_unit(plan.sets * plan.pairs * columns, ROWS_8_BIT)
+        rows["value_rows"] = of_unit(plan.sets * plan.pairs * columns, 1, ROWS_8_BIT)
     return rows | {
         # Of the rows of a set, the second half repeats the first.
         "maximum": buffer(plan.heads, plan.rows),

@@ -10,6 +10,7 @@ from jaxtyping import Int32
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
 from kivi_jax.pallas_kernels.decode_attention.tpu_float8 import Float8Tiles
+from kivi_jax.pallas_kernels.tpu_layers import ring_on_lanes
 from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
 
 LOG2_E = math.log2(math.e)
@@ -129,9 +130,8 @@ class Plan:
 
     @property
     def ring_on_lanes(self) -> bool:
-        """Whether XLA stores a ring's tokens along the lanes: where its channels would leave more of them empty."""
-        across = -(-self.residual // LANES) * LANES * self.head_dim
-        return across < self.residual * -(-self.head_dim // LANES) * LANES
+        """Whether rings have their tokens on the lanes."""
+        return ring_on_lanes(self.residual, self.head_dim)
 
     @property
     def score_scale(self) -> float:

@@ -1,0 +1,103 @@
+"""How a TPU's kernels read a quantized layer: what they take, and which blocks of its arrays a grid step gets."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jaxtyping import Float
+
+from kivi_jax.kv.quantized import QuantizedLayer
+from kivi_jax.pallas_kernels.tpu_registers import LANES
+
+HEAD_DIMS = (64, 128, 256)
+GROUP_SIZES = (32, 64, 128)
+
+# Arrays that a kernel reads, by name.
+Inputs = dict[str, tuple[Array, pl.BlockSpec]]
+
+
+def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
+    """Raises NotImplementedError with what the kernels do not cover, if there is something."""
+    head_dim, group_size = q.shape[-1], layer.config.group_size
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"the TPU kernel takes a head_dim of 64, 128 or 256, not {head_dim}")
+    if group_size not in GROUP_SIZES:
+        raise NotImplementedError(f"the TPU kernel takes groups of 32, 64 or 128, not {group_size}")
+    for name, dtype in (("queries", q.dtype), ("a state", layer.window_k.dtype)):
+        if dtype != jnp.bfloat16:
+            raise NotImplementedError(f"the TPU kernel takes bfloat16, not {name} of {dtype}")
+
+
+def ring_on_lanes(residual: int, head_dim: int) -> bool:
+    """Whether XLA stores a ring's tokens along the lanes: where its channels would leave more of them empty."""
+    across = -(-residual // LANES) * LANES * head_dim
+    return across < residual * -(-head_dim // LANES) * LANES
+
+
+@runtime_checkable
+class Tiles(Protocol):
+    """What is known of packed tiles: their tokens, and the words that hold them."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def word_rows(self) -> int: ...
+
+    @property
+    def lanes(self) -> int: ...
+
+
+def stored(
+    layer: QuantizedLayer,
+    keys: Tiles,
+    values: Tiles,
+    block: int,
+    heads: int | None,
+    place: Callable[..., tuple[Any, Any, Any]],
+) -> Inputs:
+    """The layer's arrays.
+
+    Args:
+        layer: the layer.
+        keys, values: how codes lie in words.
+        block: packed tokens of which a grid step gets codes, scales and zeros. It has its row's other arrays whole.
+        heads: KV heads that it gets; None for one, without an axis of its own.
+        place: of a grid step, the row, the block of KV heads and the block of packed tokens.
+    """
+    config, head_dim = layer.config, layer.window_k.shape[3]
+
+    def spec(token_axis: int | None, size: int, other: int) -> pl.BlockSpec:
+        """The spec of a block with `size` along the axis of tokens (2 or 3) and `other` along the other one."""
+
+        def index(*step: Any) -> tuple[Any, ...]:
+            row, of_heads, number = place(*step)
+            of_axes = (number, 0) if token_axis == 2 else (0, number) if token_axis == 3 else (0, 0)
+            return (row, of_heads, *of_axes)
+
+        shape = (other, size) if token_axis == 3 else (size, other)
+        return pl.BlockSpec((None, heads, *shape), index)
+
+    def ring(window: Array) -> tuple[Array, pl.BlockSpec]:
+        if ring_on_lanes(config.residual_length, head_dim):  # how it lies in memory, so this moves nothing
+            return window.swapaxes(2, 3), spec(None, head_dim, config.residual_length)
+        return window, spec(None, config.residual_length, head_dim)
+
+    key_scales = spec(2, block // config.group_size, head_dim)
+    value_scales = spec(3, block, head_dim // config.group_size)
+    inputs = {
+        "k_codes": (layer.k_codes, spec(2, block // keys.tokens * keys.word_rows, keys.lanes)),
+        "k_scale": (layer.k_scale, key_scales),
+        "k_zero": (layer.k_zero, key_scales),
+        "v_codes": (layer.v_codes, spec(2, block // values.tokens * values.word_rows, values.lanes)),
+        "v_scale": (layer.v_scale, value_scales),
+        "v_zero": (layer.v_zero, value_scales),
+        "window_k": ring(layer.window_k),
+        "window_v": ring(layer.window_v),
+    }
+    if layer.sinks is not None:
+        for name, sinks in zip(("sink_k", "sink_v"), layer.sinks, strict=True):
+            inputs[name] = sinks, spec(None, config.sink_tokens, head_dim)
+    return inputs
