@@ -19,7 +19,7 @@ from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.chunk_attention import tpu as chunk_attention
 from kivi_jax.pallas_kernels.decode_attention.tpu_kernel import scratch_buffers, step
-from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_QUERIES, SET, Plan, make_plan
+from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_QUERIES, SET, VMEM_BYTES, Plan, make_plan
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 from kivi_jax.pallas_kernels.tpu_layers import Inputs, check_supported, stored
 from kivi_jax.pallas_kernels.tpu_registers import LANES
@@ -66,7 +66,9 @@ def decode_attention(
             out_specs=pl.BlockSpec((None, plan.heads, plan.sets * SET, head_dim), _of_row),
             scratch_shapes=list(scratch.values()),
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
         interpret=interpret,
         name="kivi_decode_attention",
     )(

@@ -74,7 +74,7 @@ class Tiles:
     @property
     def unit(self) -> float:
         """What a step of the code adds to an unpacked number."""
-        return 2 ** (BYTE_BITS - self.bits)
+        return 2.0 ** (BYTE_BITS - self.bits)
 
     @property
     def middle_code(self) -> int:
@@ -88,7 +88,7 @@ class Tiles:
 
     def unpack(self, words: Int32[Array, "word_rows lanes"]) -> Int8[Array, "128 lanes"]:
         """`unit · (code - middle_code)` of a tile's codes."""
-        mask = jnp.int32(0x01010101 * ((2**self.bits - 1) * self.unit) - 2**32)
+        mask = jnp.int32(0x01010101 * ((2**self.bits - 1) << (BYTE_BITS - self.bits)) - 2**32)
         unpacked = []
         for first in range(0, words.shape[0], SUBLANES):
             for field in range(self._fields):

@@ -30,9 +30,11 @@ PASS_TOKENS = 4096
 # Heads whose softmax begins, or ends, at a time.
 HEADS_AT_ONCE = 4
 # Passes of the main loop in a grid step, whose own overhead costs about three.
-PASSES = 8
+PASSES = 16
+# VMEM that a kernel may use, of the 64 MiB that the chip with the least has.
+VMEM_BYTES = 48 * 2**20
 # Most bytes of a grid step's packed tokens, which VMEM holds twice like all inputs.
-STEP_BYTES = 7 * 2**19
+STEP_BYTES = 7 * 2**20
 # And of its rings.
 RING_BYTES = 2 * 2**20
 TINY = 1e-30  # instead of no scale at all, for the factor that makes the most of 8-bit pieces
@@ -153,7 +155,9 @@ def make_plan(layer: QuantizedLayer, shared: int, kv_heads: int, alibi: bool) ->
     )
     span = SPAN_GROUPS * config.group_size
     fitting = max(RING_BYTES // (2 * residual * max(head_dim, LANES) * 2), 1)
-    most = min(fitting, 16, max(kv_heads // cores, 1))
+    # Cores get equal shares of the heads. If there are none, more heads in a step gain more than a second core.
+    share = kv_heads // cores if kv_heads % cores == 0 else kv_heads
+    most = min(fitting, 16, share)
     heads = max(count for count in range(1, most + 1) if kv_heads % count == 0)
     most = max(PASS_TOKENS // span, 1)
     unroll = max(count for count in range(1, min(most, heads) + 1) if heads % count == 0)
