@@ -17,7 +17,7 @@ CHAIN_ROWS = 256
 CHAINS = 2
 # Packed tokens in a pass of the main loop.
 SPAN = 512
-# The same where all rows are in one pass, if the cache is large: latencies hide behind the work for as many tokens.
+# The same where all rows are in one pass, of 128 channels: latencies hide behind the work for as many tokens.
 STAGED_SPAN = 2048
 # New tokens of which a grid step attends keys and values.
 NEW_BLOCK = 512
@@ -127,8 +127,10 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
     chain_rows = _round_up(-(-used_rows // (passes * chains)), SUBLANES if chains == 1 else ROWS_16_BIT)
     new_block = min(_round_up(new, ROWS_16_BIT if new < LANES else LANES), NEW_BLOCK)
     capacity = layer.blocks * residual
-    # Rows are read in whole spans and blocks, which therefore stay below the capacity.
-    span = STAGED_SPAN if passes == 1 and capacity >= SPANS * STAGED_SPAN else SPAN
+    span = max(STAGED_SPAN * LANES // order.lanes, SPAN) if passes == 1 else SPAN
+    # Rows are read in whole blocks, which therefore stay below the capacity.
+    while span > SPAN and SPANS * span > capacity:
+        span //= 2
     # The scales of a block's keys fill whole tiles of 16-bit rows.
     block = max(ROWS_16_BIT * group_size, min(SPANS * span, _round_up(capacity, span)))
     return Plan(

@@ -20,10 +20,13 @@ from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.chunk_attention import tpu as chunk_attention
 from kivi_jax.pallas_kernels.decode_attention.tpu_kernel import scratch_buffers, step
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan, make_plan
-from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES, SUBLANES
+from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 HEAD_DIMS = (64, 128, 256)
+# By head_dim, the most queries of a KV head for which applying scales costs less than decoding what they read, by static
+# schedules for v5e and v6e. At 256 it does for as many as were tried, 16.
+FEW_QUERIES = {64: 8, 128: 16}
 
 
 def decode_attention(
@@ -90,9 +93,10 @@ def check_supported(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer) -> None:
 
 
 def _are_many(q: Float[Array, "B 1 Hq D"], layer: QuantizedLayer, heads: Heads) -> bool:
-    """Whether a KV head has so many queries that decoding what they read costs less than applying scales to each."""
-    shared = q.shape[2] // (heads.kv_heads or layer.num_kv_heads)
-    return shared > SUBLANES and layer.config.group_size in chunk_attention.GROUP_SIZES
+    """Whether a KV head has so many queries that it's better to decode what they read, once for all of them."""
+    shared, head_dim = q.shape[2] // (heads.kv_heads or layer.num_kv_heads), q.shape[3]
+    taken = layer.config.group_size in chunk_attention.GROUP_SIZES
+    return taken and head_dim in FEW_QUERIES and shared > FEW_QUERIES[head_dim]
 
 
 def _attend_many(

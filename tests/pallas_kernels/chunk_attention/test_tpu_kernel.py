@@ -181,7 +181,7 @@ def test_work_is_that_of_the_tokens_that_are_there():
 
     def steps(config, lengths, counts, capacity, window=None):
         (layer,) = empty_state(1, len(lengths), 1, capacity, 128, config, jnp.bfloat16, [window]).layers
-        plan = tpu_plan.make_plan(layer, 7, 4, alibi=False)
+        plan = tpu_plan.make_plan(layer, 600, 4, alibi=False)  # in blocks of 2048
         work, total = tpu._list_work(jnp.asarray(lengths), jnp.asarray(counts), plan)
         return [tuple(int(x[i]) for x in work) for i in range(int(total))]
 
