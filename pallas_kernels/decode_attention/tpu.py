@@ -24,8 +24,8 @@ from kivi_jax.pallas_kernels.decode_attention.tpu_tiles import LANES
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 HEAD_DIMS = (64, 128, 256)
-# By head_dim, the most queries of a KV head for which applying scales costs less than decoding what they read, by static
-# schedules for v5e and v6e. At 256 it does for as many as were tried, 16.
+# By head_dim, the most queries of a KV head for which applying scales costs less than decoding what they read: by the
+# static schedules for v5e and v6e. At 256 it does for as many as were tried, 16.
 FEW_QUERIES = {64: 8, 128: 16}
 
 
