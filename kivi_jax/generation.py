@@ -22,9 +22,9 @@ Single = str | Conversation
 Prompts = Single | Sequence[Prompt]
 PrefillChunk = int | Literal["auto"] | None
 
-# Prompt tokens that a TPU or GPU runs at a time by default: in a model of 7 billion weights, their activations take
-# somewhat less than 1 GiB (docs/tpu.md). And of each of several prompts, the least.
-DEVICE_CHUNK, LEAST_CHUNK = 8192, 2048
+# Tokens of a prompt that a TPU or GPU runs at a time by default: in a model of 7 billion weights, their activations
+# take somewhat less than 1 GiB (docs/tpu.md).
+DEVICE_CHUNK = 8192
 
 
 @overload
@@ -126,7 +126,7 @@ def generate(
             default.
         prefill_chunk: most tokens of a prompt to run at a time, which bounds the memory of activations; a later chunk
             attends the earlier ones as they are stored. None runs prompts whole and attends them exactly. "auto" does
-            so too, but for prompts of more than `DEVICE_CHUNK` tokens in all, in a quantized cache of a TPU or GPU.
+            so too, but for those of more than `DEVICE_CHUNK` tokens in a quantized cache of a TPU or GPU.
         **options: fields of `GenerationSettings`, which change those of `settings`: `max_new_tokens` (128),
             `temperature` (0, greedy), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`, `stop`, `logprobs`,
             `ignore_eos`.
@@ -199,19 +199,15 @@ def stream(
         for prompt, tokens in zip(listed, ids, strict=True)
         for _ in range(samples)
     ]
-    chunk = _default_chunk(config, len(ids)) if prefill_chunk == "auto" else prefill_chunk
+    chunk = _default_chunk(config) if prefill_chunk == "auto" else prefill_chunk
     steps = run(params, batch, readers, config, settings, chunk, every)
     if settings.n is None:
         return steps
     return ([step[row : row + samples] for row in range(0, len(step), samples)] for step in steps)
 
 
-def _default_chunk(kv: KVConfig, prompts: int) -> int | None:
-    """Of few prompts. More of them take less memory whole, one after the other, than in chunks side by side."""
-    if not kv.quantized or jax.default_backend() not in ("tpu", "gpu"):
-        return None
-    size = DEVICE_CHUNK // prompts
-    return size if size >= LEAST_CHUNK else None
+def _default_chunk(kv: KVConfig) -> int | None:
+    return DEVICE_CHUNK if kv.quantized and jax.default_backend() in ("tpu", "gpu") else None
 
 
 def _list_prompts(prompts: Prompts) -> list[Any]:

@@ -22,6 +22,8 @@ from kivi_jax.partition import Partition, empty_state_on_mesh
 # Prompt tokens that run at a time, in whole rows: enough to keep any accelerator's multipliers busy for the weights
 # that each pass reads, few enough that activations are small beside weights and state.
 PREFILL_TOKENS = 4096
+# And of chunks, whose first tokens attend what is stored: a group's rows are taken out of the state, and put back.
+CHUNK_TOKENS = 8192
 
 
 def init_state(params: Params, batch: int, capacity: int, kv: str | KVConfig = "kivi2") -> KVState:
@@ -228,7 +230,7 @@ def extend_rows(
     state: KVState,
     rows: Int[Array, " D"],
 ) -> tuple[Float[Array, "D vocab"], KVState]:
-    """`extend` of one row of each of the D devices that the batch is split over, or of none where `rows` is negative.
+    """`extend` of some rows, equally many of each device that the batch is split over; negative `rows` are none.
 
     `rows` are counted from their device's first one. Of all rows `extend` would attend and rewrite each.
     """
@@ -246,7 +248,10 @@ def prefill_in_chunks(
     state: KVState,
     prefill_chunk: int | None,
 ) -> tuple[Float[Array, "B vocab"], KVState]:
-    """`prefill` of at most `prefill_chunk` tokens a row at a time, as many times as the longest row needs."""
+    """`prefill` of at most `prefill_chunk` tokens a row at a time, as many times as the longest row needs.
+
+    And of at most `CHUNK_TOKENS` of each device's rows, but at least one row.
+    """
     if prefill_chunk is None or tokens.shape[1] <= prefill_chunk:
         return _prefill(params, partition, tokens, lengths, state)
     size = prefill_chunk
@@ -256,11 +261,39 @@ def prefill_in_chunks(
         logits, state = carry
         counts = jnp.clip(lengths - i * size, 0, size)
         chunk = jax.lax.dynamic_slice_in_dim(tokens, i * size, size, axis=1)
-        newer, state = _extend(params, partition, chunk, counts, state)
+        newer, state = _extend_in_groups(params, partition, chunk, counts, state)
         return jnp.where(counts[:, None] > 0, newer, logits), state
 
     first = _prefill(params, partition, tokens[:, :size], jnp.minimum(lengths, size), state)
     return jax.lax.fori_loop(1, -(-lengths.max() // size), step, first)
+
+
+def _extend_in_groups(
+    params: Params,
+    partition: Partition,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    state: KVState,
+) -> tuple[Float[Array, "B vocab"], KVState]:
+    """`_extend` of as many rows at a time as have `CHUNK_TOKENS` on each device."""
+    devices, count = partition.row_devices, lengths.size // partition.row_devices
+    most = max(CHUNK_TOKENS // tokens.shape[1], 1)
+    size = max(size for size in range(1, min(most, count) + 1) if count % size == 0)
+    if size == count:
+        return _extend(params, partition, tokens, lengths, state)
+
+    def extend_group(i: Array, carry: tuple[Array, KVState]) -> tuple[Array, KVState]:
+        logits, state = carry
+        rows = i * size + jnp.arange(size, dtype=jnp.int32)
+        of_group, counts = partition.place(
+            tuple(x.reshape(devices, count, -1)[:, rows].reshape(-1, *x.shape[1:]) for x in (tokens, lengths))
+        )
+        new, state = extend_rows(params, of_group, counts, state, jnp.tile(rows, devices))
+        return logits.at[:, rows].set(new.reshape(devices, size, -1)), state
+
+    logits = jnp.zeros((devices, count, params.config.vocab_size), jnp.float32)
+    logits, state = jax.lax.fori_loop(0, count // size, extend_group, (logits, state))
+    return logits.reshape(lengths.size, -1), state
 
 
 def _prefill(

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from kivi_jax.kv.quantized import QuantizedLayer
@@ -13,6 +14,7 @@ from kivi_jax.pallas_kernels.tpu_registers import LANES
 
 HEAD_DIMS = (64, 128, 256)
 GROUP_SIZES = (32, 64, 128)
+MOST_VMEM = 64 * 2**20  # more helps no kernel
 
 # Arrays that a kernel reads, by name.
 Inputs = dict[str, tuple[Array, pl.BlockSpec]]
@@ -28,6 +30,15 @@ def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
     for name, dtype in (("queries", q.dtype), ("a state", layer.window_k.dtype)):
         if dtype != jnp.bfloat16:
             raise NotImplementedError(f"the TPU kernel takes bfloat16, not {name} of {dtype}")
+
+
+def vmem_bytes() -> int:
+    """VMEM that a kernel may use on the chip that is compiled for, or on any from v5e on."""
+    try:
+        capacity = pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:  # no TPU, or an unknown one
+        capacity = MOST_VMEM
+    return min(capacity, MOST_VMEM) * 3 // 4
 
 
 def ring_on_lanes(residual: int, head_dim: int) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kivi_jax
-from kivi_jax import KVConfig, generation
+from kivi_jax import KVConfig, generation, steps
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.rows import random_key, split_seed
 from tests.further import further
@@ -287,20 +287,34 @@ def test_chunks_of_a_prompt_attend_the_stored_ones(tiny):
 
 
 def test_long_prompts_run_in_chunks_on_devices(tiny, monkeypatch):
-    """Of quantized caches, and where so few at a time take less memory than one as a whole."""
     kivi2, bf16 = PRESETS["kivi2"], PRESETS["bf16"]
-    assert generation._default_chunk(kivi2, 1) is None
+    assert generation._default_chunk(kivi2) is None
     for backend in ("tpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert [generation._default_chunk(kivi2, prompts) for prompts in (1, 4, 5)] == [8192, 2048, None]
-        assert generation._default_chunk(bf16, 1) is None
+        assert generation._default_chunk(kivi2) == 8192
+        assert generation._default_chunk(bf16) is None
     monkeypatch.undo()
-    monkeypatch.setattr(generation, "_default_chunk", lambda kv, prompts: 32)
+    monkeypatch.setattr(generation, "_default_chunk", lambda kv: 32)
     settings = {"kv": KVConfig(2, 2, 32, 32), "max_new_tokens": 1, "logprobs": True}
     default, chunked = (
         kivi_jax.generate(tiny, [PROMPTS[3]], **settings, **x)[0] for x in ({}, {"prefill_chunk": 32})
     )
     assert default.logprobs == chunked.logprobs
+
+
+@pytest.mark.parametrize("at_once", [1, 64])
+def test_chunks_of_several_prompts_run_in_groups(tiny, monkeypatch, at_once):
+    """Of one row, or two; each prompt gets what it gets alone."""
+    settings = {"kv": KVConfig(2, 2, 32, 32), "max_new_tokens": 4, "logprobs": True, "prefill_chunk": 32}
+    prompts = [[7] * 130, list(range(100, 0, -1)), list(range(100)), [5, 6] * 50]
+    alone = [kivi_jax.generate(tiny, [prompt], **settings)[0] for prompt in prompts]
+    monkeypatch.setattr(steps, "CHUNK_TOKENS", at_once)
+    jax.clear_caches()
+    together = kivi_jax.generate(tiny, prompts, **settings)
+    jax.clear_caches()
+    for one, other in zip(alone, together, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
 def test_prefill_chunk_must_be_positive(tiny):

@@ -65,8 +65,8 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="Most tokens of a prompt to run at a time, for long prompts in little memory; by default TPUs and "
-            "GPUs cut few very long ones.",
+            help="Most tokens of a prompt to run at a time, for long prompts in little memory; by default 8192 on TPUs "
+            "and GPUs.",
         ),
     ] = None,
     max_positions: MaxPositions = None,

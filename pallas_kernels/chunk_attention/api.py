@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -29,7 +30,7 @@ def chunk_attention(
     implementation: Implementation = "auto",
 ) -> Float[Array, "B T Hq D"]:
     """Attends the `lengths` tokens that `layer` stores, and T new tokens (k, v) that it does not hold yet: each attends
-    itself and those before it, exactly. What the tokens beyond a row's `counts` attend to means nothing.
+    itself and those before it, exactly. The output of those beyond a row's `counts` is 0, whatever they hold.
 
     One softmax over everything, in float32. The dequantized cache is never materialised, nor a matrix of all scores,
     and the work over packed tokens grows with the longest row, not with capacity. On several devices it must run inside
@@ -65,7 +66,7 @@ def _compiled(
     implementation: Implementation,
 ) -> Float[Array, "B T Hq D"]:
     """Compiled, so that layers alike are traced once."""
-    return dispatch(
+    out = dispatch(
         "attention of chunks",
         KERNELS,
         xla.chunk_attention,
@@ -73,3 +74,4 @@ def _compiled(
         layer,
         *(q, k, v, layer, lengths, counts, heads),
     )
+    return jnp.where(xla.there_are(counts, q), out, 0)

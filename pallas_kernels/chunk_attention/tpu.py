@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.chunk_attention.tpu_kernel import scratch_buffers, step
-from kivi_jax.pallas_kernels.chunk_attention.tpu_plan import VMEM_BYTES, Plan, make_plan
+from kivi_jax.pallas_kernels.chunk_attention.tpu_plan import Plan, make_plan
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
-from kivi_jax.pallas_kernels.tpu_layers import Inputs, check_supported, stored
+from kivi_jax.pallas_kernels.tpu_layers import Inputs, check_supported, stored, vmem_bytes
 from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES, round_to_bfloat16
 
 
@@ -65,7 +65,7 @@ def chunk_attention(
             scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
         interpret=interpret,
         name="kivi_chunk_attention",

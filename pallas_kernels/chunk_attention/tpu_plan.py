@@ -5,21 +5,19 @@ import math
 
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.chunk_attention.tpu_tiles import Tiles
-from kivi_jax.pallas_kernels.tpu_layers import ring_on_lanes
+from kivi_jax.pallas_kernels.tpu_layers import ring_on_lanes, vmem_bytes
 from kivi_jax.pallas_kernels.tpu_registers import LANES, ROWS_16_BIT, SUBLANES
 
 LOG2_E = math.log2(math.e)
-# VMEM that a kernel may use, of the 64 MiB that the chip with the least has.
-VMEM_BYTES = 48 * 2**20
-# Of which this is for the rows of queries: packed blocks are decoded once for as many as fit.
-QUERY_BYTES = 24 * 2**20
+# The part of VMEM for the rows of queries: packed blocks are decoded once for as many as fit.
+QUERY_SHARE = 1 / 2
 # Most rows of queries that are multiplied by keys at once: they hide loading these into the matrix unit.
 CHAIN_ROWS = 256
 # Such chains in a pass of the main loop: one's softmax hides behind the other's products.
 CHAINS = 2
 # Packed tokens in a pass of the main loop.
 SPAN = 512
-# The same where all rows are in one pass, if the cache is large: latencies hide behind the work for as many tokens.
+# The same where all rows are in one pass, of 128 channels: latencies hide behind the work for as many tokens.
 STAGED_SPAN = 2048
 # New tokens of which a grid step attends keys and values.
 NEW_BLOCK = 512
@@ -119,7 +117,7 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
     keys, values, order = (
         Tiles(bits, group_size, head_dim) for bits in (config.key_bits, config.value_bits, 2)
     )
-    most = max(QUERY_BYTES // _bytes_of_row(order) // shared, 1)
+    most = max(int(QUERY_SHARE * vmem_bytes()) // _bytes_of_row(order) // shared, 1)
     query_blocks = -(-new // most)
     query_tokens = -(-new // query_blocks)
     used_rows = query_tokens * shared
@@ -128,8 +126,10 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
     chain_rows = _round_up(-(-used_rows // (passes * chains)), SUBLANES if chains == 1 else ROWS_16_BIT)
     new_block = min(_round_up(new, ROWS_16_BIT if new < LANES else LANES), NEW_BLOCK)
     capacity = layer.blocks * residual
-    # Rows are read in whole spans and blocks, which therefore stay below the capacity.
-    span = STAGED_SPAN if passes == 1 and capacity >= SPANS * STAGED_SPAN else SPAN
+    span = max(STAGED_SPAN * LANES // order.lanes, SPAN) if passes == 1 else SPAN
+    # Rows are read in whole blocks, which therefore stay below the capacity.
+    while span > SPAN and SPANS * span > capacity:
+        span //= 2
     # The scales of a block's keys fill whole tiles of 16-bit rows.
     block = max(ROWS_16_BIT * group_size, min(SPANS * span, _round_up(capacity, span)))
     return Plan(

@@ -17,8 +17,14 @@ SINKS = 16  # sinks taken at a time: the fewest tokens that a product of values 
 
 def tiles_of(layout: Layout, queries: Queries) -> Array:
     """Tiles of packed tokens that the queries attend."""
-    tokens = queries.length - layout.residual - _oldest_packed(layout, queries)
+    tokens = _end_of_packed(layout, queries) - _oldest_packed(layout, queries)
     return jax.lax.div(jnp.maximum(tokens, 0) + (TOKENS - 1), TOKENS)
+
+
+def _end_of_packed(layout: Layout, queries: Queries) -> Array:
+    """The first token that is not packed. What a row holds beyond its capacity means nothing, but must not be read."""
+    end = queries.length - layout.residual
+    return jnp.minimum(end, layout.capacity) if layout.sliding_window is None else end
 
 
 def _oldest_packed(layout: Layout, queries: Queries) -> Array | int:
@@ -39,7 +45,7 @@ def attend_packed(
     interpret: bool,
 ) -> Sums:
     """Adds packed tokens: of the tiles that the queries attend, those from `first_tile` to before `end_tile`."""
-    oldest, end = _oldest_packed(layout, queries), queries.length - layout.residual
+    oldest, end = _oldest_packed(layout, queries), _end_of_packed(layout, queries)
 
     def add(i: Array, sums: Sums) -> Sums:
         first = oldest + i * TOKENS

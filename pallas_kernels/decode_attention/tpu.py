@@ -19,9 +19,9 @@ from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.chunk_attention import tpu as chunk_attention
 from kivi_jax.pallas_kernels.decode_attention.tpu_kernel import scratch_buffers, step
-from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_QUERIES, SET, VMEM_BYTES, Plan, make_plan
+from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_QUERIES, SET, Plan, make_plan
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
-from kivi_jax.pallas_kernels.tpu_layers import Inputs, check_supported, stored
+from kivi_jax.pallas_kernels.tpu_layers import Inputs, check_supported, stored, vmem_bytes
 from kivi_jax.pallas_kernels.tpu_registers import LANES
 
 
@@ -44,7 +44,7 @@ def decode_attention(
         NotImplementedError: something the kernel does not cover, which the message names.
     """
     check_supported(q, layer)
-    if q.shape[2] // k.shape[2] > MOST_QUERIES:
+    if q.shape[2] // (heads.kv_heads or layer.num_kv_heads) > MOST_QUERIES:
         return _attend_many(q, k, v, layer, lengths, heads, interpret)
     q, k, v = q[:, 0], heads.of_new(k)[:, 0], heads.of_new(v)[:, 0]
     batch, query_heads, head_dim = q.shape
@@ -67,7 +67,7 @@ def decode_attention(
             scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes()
         ),
         interpret=interpret,
         name="kivi_decode_attention",

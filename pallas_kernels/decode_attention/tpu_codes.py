@@ -40,7 +40,7 @@ class Tiles:
     dtype: ClassVar[Any] = jnp.int8
     sum_dtype: ClassVar[Any] = jnp.int32  # of products
     pieces: ClassVar[int] = 2  # of a number that is multiplied by codes
-    most: ClassVar[float] = 127 * 256  # such a number may be
+    most: ClassVar[float] = 127.0 * 256  # such a number may be
 
     @property
     def halves(self) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Int32
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
 from kivi_jax.pallas_kernels.decode_attention.tpu_float8 import Float8Tiles
-from kivi_jax.pallas_kernels.tpu_layers import ring_on_lanes
+from kivi_jax.pallas_kernels.tpu_layers import ring_on_lanes, vmem_bytes
 from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
 
 LOG2_E = math.log2(math.e)
@@ -31,10 +31,8 @@ PASS_TOKENS = 4096
 HEADS_AT_ONCE = 4
 # Passes of the main loop in a grid step, whose own overhead costs about three.
 PASSES = 16
-# VMEM that a kernel may use, of the 64 MiB that the chip with the least has.
-VMEM_BYTES = 48 * 2**20
-# Most bytes of a grid step's packed tokens, which VMEM holds twice like all inputs.
-STEP_BYTES = 7 * 2**20
+# The part of VMEM for a grid step's packed tokens, which it holds twice like all inputs.
+STEP_SHARE = 1 / 7
 # And of its rings.
 RING_BYTES = 2 * 2**20
 TINY = 1e-30  # instead of no scale at all, for the factor that makes the most of 8-bit pieces
@@ -123,7 +121,7 @@ class Plan:
     @property
     def most_weighted(self) -> float:
         """Most that a weighted scale of values is as a number in pieces, so that no sum over a span overflows."""
-        return min(self.values.most, MOST_SUM // (MOST_CODE * self.span))
+        return min(self.values.most, MOST_SUM / (MOST_CODE * self.span))
 
     def places(self, tiles: Tiles, pair: int) -> list[Int32[Array, "sublanes lanes"]]:
         """The places in a span that a pair of strips has on its lanes, for each strip."""
@@ -165,7 +163,11 @@ def make_plan(layer: QuantizedLayer, shared: int, kv_heads: int, alibi: bool) ->
     packed = sum(x.size * x.dtype.itemsize for x in (*layer.keys, *layer.values))
     bytes_of_span = packed * span // (layer.window_k.shape[0] * layer.num_kv_heads * capacity)
     # Rows are read in whole blocks, which therefore stay below the capacity.
-    fitting = min(PASSES * unroll // heads, STEP_BYTES // (bytes_of_span * heads), capacity // (2 * span))
+    fitting = min(
+        PASSES * unroll // heads,
+        int(STEP_SHARE * vmem_bytes()) // (bytes_of_span * heads),
+        capacity // (2 * span),
+    )
     spans = 2 ** (max(fitting, 1).bit_length() - 1)
     return Plan(
         keys=keys,

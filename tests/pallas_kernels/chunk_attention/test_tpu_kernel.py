@@ -30,7 +30,7 @@ check = functools.partial(chunk_oracle.check, chunk_attention)
 def small_blocks(monkeypatch):
     """Several passes, blocks of queries, of new tokens and of packed ones, of few tokens."""
     monkeypatch.setattr(tpu_plan, "CHAIN_ROWS", 16)
-    monkeypatch.setattr(tpu_plan, "QUERY_BYTES", 2**18)
+    monkeypatch.setattr(tpu_plan, "QUERY_SHARE", 2**18 / tpu_plan.vmem_bytes())
     monkeypatch.setattr(tpu_plan, "NEW_BLOCK", 128)
     monkeypatch.setattr(tpu_plan, "SPANS", 1)
 
@@ -181,7 +181,7 @@ def test_work_is_that_of_the_tokens_that_are_there():
 
     def steps(config, lengths, counts, capacity, window=None):
         (layer,) = empty_state(1, len(lengths), 1, capacity, 128, config, jnp.bfloat16, [window]).layers
-        plan = tpu_plan.make_plan(layer, 7, 4, alibi=False)
+        plan = tpu_plan.make_plan(layer, 600, 4, alibi=False)  # in blocks of 2048
         work, total = tpu._list_work(jnp.asarray(lengths), jnp.asarray(counts), plan)
         return [tuple(int(x[i]) for x in work) for i in range(int(total))]
 
