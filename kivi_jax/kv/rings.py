@@ -28,6 +28,17 @@ def entry_in(slot: Array, count: Array, size: int) -> Array:
     return slot + jnp.where(slot < slots, first, first - size)
 
 
+def token_at(place: Array, length: Array, block: int, capacity: int) -> Array:
+    """`entry_in` of places for tokens, which come to a ring of `capacity` in whole blocks, after `length` of them.
+
+    Nothing is divided for each place. Those of tokens that are not in the ring yet, or that it never held, are told by
+    the token only.
+    """
+    slots, first = newest_round(jax.lax.div(length, jax.lax.full_like(length, block)), capacity // block)
+    first *= block
+    return place + jnp.where(place < slots * block, first, first - capacity)
+
+
 def entries_in(counts: Int[Array, " B"], size: int) -> Int[Array, "B size"]:
     """`entry_in` of every slot, for the rings of all rows."""
     return entry_in(jnp.arange(size), counts[:, None], size)

@@ -10,7 +10,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kivi_jax.kv.rings import newest_round
+from kivi_jax.kv.rings import entry_in, token_at
 from kivi_jax.pallas_kernels.chunk_attention.tpu_packed import PackedBlock, decoded, packed_buffers
 from kivi_jax.pallas_kernels.chunk_attention.tpu_plan import Plan
 from kivi_jax.pallas_kernels.tpu_registers import (
@@ -93,8 +93,7 @@ class _Step:
     def begin(self) -> None:
         """Begins the softmax with the ring and the sinks."""
         plan, refs = self.plan, self.refs
-        age = jax.lax.rem(self.length + (plan.residual - 1), plan.residual) - iota(plan.residual)
-        token = self.length - 1 - jnp.where(age < 0, age + plan.residual, age)
+        token = entry_in(iota(plan.residual), self.length, plan.residual)
         of_ring = jnp.where(token >= plan.sinks, token, NO_TOKEN)
 
         def attend(i: Array) -> None:
@@ -352,11 +351,7 @@ class _Step:
         if plan.window is None:
             live = place < jnp.minimum(end, plan.capacity)
             return place, live & (place >= plan.sinks) if plan.sinks else live
-        # As `rings.entry_in`, but for tokens, so that nothing is divided for each of them.
-        blocks = jax.lax.div(self.length, plan.residual)
-        slots, first = newest_round(blocks, plan.capacity // plan.residual)
-        first *= plan.residual
-        token = place + jnp.where(place < slots * plan.residual, first, first - plan.capacity)
+        token = token_at(place, self.length, plan.residual, plan.capacity)
         return token, (place < plan.capacity) & (token >= plan.sinks) & (token < end)
 
 

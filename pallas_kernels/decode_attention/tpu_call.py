@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from kivi_jax.kv.rings import newest_round
+from kivi_jax.kv.rings import token_at
 from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import Plan
 from kivi_jax.pallas_kernels.tpu_registers import SUBLANES
@@ -51,16 +50,12 @@ class Call:
         token = place + self.block * plan.block
         if plan.window is None:
             return token, live & (token >= plan.sinks) if plan.sinks else live
-        # As `rings.entry_in`, but for tokens, so that nothing is divided for each of them.
-        blocks = jax.lax.div(self.length, plan.residual)
-        slots, first = newest_round(blocks, plan.capacity // plan.residual)
-        first *= plan.residual
-        token += jnp.where(token < slots * plan.residual, first, first - plan.capacity)
+        token = token_at(token, self.length, plan.residual, plan.capacity)
         live &= (token >= self.oldest) & (token < self.length - plan.residual)
         return token, live
 
-    def rows(self, name: str, *place: Any) -> Any:
-        """Scratch for the rows of numbers, where the chip needs any."""
+    def scratch(self, name: str, *place: Any) -> Any:
+        """Scratch in which numbers are taken into pieces, where the chip needs any."""
         return self.refs[name].at[place] if name in self.refs else None
 
     def tile(self, tiles: Tiles, name: str, head: Array, span: Array, tile: int) -> Array:

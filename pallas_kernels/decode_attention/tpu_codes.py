@@ -97,8 +97,8 @@ class Tiles:
                 unpacked.append(pltpu.bitcast((rows << shift if shift else rows) & mask, jnp.int8))
         return jnp.concatenate(unpacked, axis=0)
 
-    def split(self, numbers: Mapping[int, Array], rows: Any, interpret: bool) -> list[Array]:
-        """Pieces of numbers, as `tpu_pieces.fixed_point` says; `rows` is scratch, `[columns, 32, 128]`."""
+    def split(self, numbers: Mapping[int, Array], scratch: Any, interpret: bool) -> list[Array]:
+        """Pieces of numbers, as `tpu_pieces.fixed_point` says, which needs no scratch."""
         return tpu_pieces.fixed_point(numbers, interpret)
 
     def join(self, sums: Sequence[Array]) -> Array:

@@ -1,7 +1,7 @@
 """Codes and numbers in 8-bit floating point, for TPUs whose matrix units have no integers.
 
-A code of 2 bits lies in the mantissa of `1 + code / 4`. A number is the sum of three pieces with four bits each: itself
-rounded, and twice what is then left of it.
+A code of 2 bits lies in the mantissa of `1 + code / 4`, so a code of -4 would be unpacked to 0. A number is the sum of
+three pieces with four bits each: itself rounded, what that leaves rounded, and what this leaves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,7 @@ class Float8Tiles(Tiles):
     dtype: ClassVar[Any] = jnp.float8_e4m3fn
     sum_dtype: ClassVar[Any] = jnp.float32
     pieces: ClassVar[int] = 3
-    # Below the largest number, so that sums are rounded up to it at most.
-    most: ClassVar[float] = 240.0
+    most: ClassVar[float] = 240.0  # the largest number is 448
     unit: ClassVar[float] = 1 / 4
     middle_code: ClassVar[int] = -4
 
@@ -41,11 +40,12 @@ class Float8Tiles(Tiles):
             unpacked.append(pltpu.bitcast((moved & FIELDS) ^ (ONES | TOP_BITS), self.dtype))
         return jnp.concatenate(unpacked, axis=0)
 
-    def split(self, numbers: Mapping[int, Array], rows: Any, interpret: bool) -> list[Array]:
+    def split(self, numbers: Mapping[int, Array], scratch: Any, interpret: bool) -> list[Array]:
+        """Pieces of numbers, whose rows are put in the order of bytes in `scratch`, `[columns, 32, 128]`."""
         for byte, x in numbers.items():
             for column, lanes in enumerate(split_lanes(x)):
-                rows.at[column][pl.ds(byte, SUBLANES, stride=4)] = lanes
-        rest = jnp.concatenate([rows[column] for column in range(rows.shape[0])], axis=1)
+                scratch.at[column][pl.ds(byte, SUBLANES, stride=4)] = lanes
+        rest = jnp.concatenate([scratch[column] for column in range(scratch.shape[0])], axis=1)
         pieces = []
         for _ in range(self.pieces):
             piece = rest.astype(self.dtype)
@@ -54,5 +54,6 @@ class Float8Tiles(Tiles):
         return pieces
 
     def join(self, sums: Sequence[Array]) -> Array:
+        """The sum of products that those of the pieces stand for."""
         first, second, third = sums
         return first + (second + third)

@@ -10,6 +10,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kivi_jax.kv.rings import entry_in
 from kivi_jax.pallas_kernels.decode_attention import tpu_keys, tpu_values
 from kivi_jax.pallas_kernels.decode_attention.tpu_call import Call
 from kivi_jax.pallas_kernels.decode_attention.tpu_float8 import Float8Tiles
@@ -42,13 +43,13 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
     def of_unit(*shape: int, dtype: Any = jnp.float32) -> Any:
         return buffer(plan.unroll, *shape, dtype=dtype)
 
-    rows = {}
+    pieces = {}
     if isinstance(plan.keys, Float8Tiles):
         count = plan.sets * plan.keys.halves * SPAN_GROUPS // SUBLANES
-        rows["key_rows"] = of_unit(count, plan.keys.columns, ROWS_8_BIT)
+        pieces["key_pieces"] = of_unit(count, plan.keys.columns, ROWS_8_BIT)
     if isinstance(plan.values, Float8Tiles):
-        rows["value_rows"] = of_unit(plan.sets * plan.pairs * columns, 1, ROWS_8_BIT)
-    return rows | {
+        pieces["value_pieces"] = of_unit(plan.sets * plan.pairs * columns, 1, ROWS_8_BIT)
+    return pieces | {
         # Of the rows of a set, the second half repeats the first.
         "maximum": buffer(plan.heads, plan.rows),
         # Every lane holds a part of the sum, and so does each half of the rows.
@@ -74,7 +75,7 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
         # Scales of values for each pair of strips and channel group, and zeros and scales as they are.
         "value_scales": of_unit(plan.pairs, groups * SUBLANES),
         "value_affine": of_unit(plan.pairs, max(SUBLANES, 2 * groups), dtype=jnp.int32),
-        "value_units": of_unit(SUBLANES),
+        "value_units": of_unit(columns, plan.weighted_rows),
     }
 
 
@@ -86,12 +87,9 @@ def step(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> Non
     block = blocks_ref[number]
     call = Call(plan, dict(zip(names, refs[4:], strict=True)), length, block, interpret)
 
-    @pl.when(number == 0)
-    def first() -> None:
-        clear(call)
-
     @pl.when(block == 0)
     def start() -> None:
+        clear(call)
         for_heads(plan, functools.partial(begin, call))
 
     spans = jax.lax.div(jnp.minimum(call.used, plan.block) + (plan.span - 1), plan.span)
@@ -130,9 +128,10 @@ def attend_spans(call: Call, spans: Array) -> None:
                 tpu_values.weigh(call, *of_head)
             for of_head in before:
                 soften(call, *of_head)
-                tpu_values.prepare(call, *of_head)
             for of_head in now:
                 tpu_keys.score(call, *of_head, i <= last)
+            for of_head in before:
+                tpu_values.prepare(call, *of_head)
             for of_head in after:
                 tpu_keys.prepare_middles(call, *of_head)
 
@@ -152,10 +151,11 @@ def for_heads(plan: Plan, part: Callable[[list[Array]], None]) -> None:
 
 
 def clear(call: Call) -> None:
-    """Leaves a pipeline as it is at its end: nothing is scored or weighted, and no sum changes."""
+    """Empties the pipeline: what its first passes weight changes no sum. What a row left there may be no numbers."""
     refs = call.refs
     refs["scores"][...] = jnp.full_like(refs["scores"], -jnp.inf)
-    for name in ("probability_pieces", "value_affine", "value_units", "grow", "weighted_grow"):
+    weighted = "probabilities", "probability_pieces", "value_scales", "value_affine", "value_units"
+    for name in (*weighted, "grow", "weighted_grow"):
         refs[name][...] = jnp.zeros_like(refs[name])
     for name in ("shrink", "weighted_shrink"):
         refs[name][...] = jnp.ones_like(refs[name])
@@ -180,8 +180,7 @@ def exact_scores(call: Call, head: Array) -> tuple[Array, list[Exact]]:
 
     new = jnp.sum(q.astype(jnp.float32) * refs["new"][head, :1].astype(jnp.float32), axis=1, keepdims=True)
     new_score = finish(jnp.broadcast_to(new, (plan.rows, LANES)), call.length)[:, :1]
-    age = jax.lax.rem(call.length + (plan.residual - 1), plan.residual) - iota(plan.residual)
-    token = call.length - 1 - jnp.where(age < 0, age + plan.residual, age)
+    token = entry_in(iota(plan.residual), call.length, plan.residual)
     pieces = [("window", plan.ring_on_lanes, token, token >= jnp.maximum(call.oldest, 0))]
     if plan.sinks:
         token = iota(plan.sinks)

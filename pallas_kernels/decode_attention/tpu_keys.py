@@ -9,6 +9,7 @@ Strips are 128 tokens on the lanes, a tile or the half of one. Two of them share
 a set of query heads, twice.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,19 +114,14 @@ def _products(call: Call, u: int, head: Array, span: Array) -> list[list[Array]]
     strips = []
     for number in range(SPAN_GROUPS // HALF // at_once):
         register, half_of_words = divmod(number * at_once, 2)
-        of_register = scale[register * SUBLANES : (register + 1) * SUBLANES]
-        left = []
-        for set_number in range(plan.sets):
-            for half in range(keys.halves):
-                place = (set_number * keys.halves + half) * (SPAN_GROUPS // SUBLANES) + register
-                rows = call.rows("key_rows", u, place)
-                pieces = keys.split(_scaled(call, head, set_number, half, of_register), rows, call.interpret)
-                whole = at_once == 2
-                left.append(
-                    tpu_pieces.whole(pieces, keys.dtype)
-                    if whole
-                    else tpu_pieces.half(pieces, half_of_words, keys.dtype)
-                )
+        if half_of_words == 0:  # not all registers' at first, which would have to be kept
+            pieces = _pieces(call, u, head, register, scale)
+        left = [
+            tpu_pieces.whole(of_register, keys.dtype)
+            if at_once == 2
+            else tpu_pieces.half(of_register, half_of_words, keys.dtype)
+            for of_register in pieces
+        ]
         right = [call.tile(keys, "k_codes", head, span, number * tiles + i) for i in range(tiles)]
         product = dot_transposed(
             jnp.concatenate(left, axis=0), jnp.concatenate(right, axis=0), keys.sum_dtype
@@ -140,15 +136,20 @@ def _products(call: Call, u: int, head: Array, span: Array) -> list[list[Array]]
     return strips
 
 
-def _scaled(call: Call, head: Array, set_number: int, half: int, scale: Array) -> dict[int, Array]:
-    """A set's queries, each times the scales of groups on the rows."""
-    plan, queries = call.plan, call.refs["queries"]
-    columns = [half] if plan.keys.halves == 2 else range(plan.keys.columns)
-    scaled = {}
-    for row in plan.used_rows:
-        place = pl.ds(set_number * SUBLANES + row, 1)
-        scaled[row] = jnp.concatenate([queries[i, head, place] for i in columns], axis=1) * scale
-    return scaled
+def _pieces(call: Call, u: int, head: Array, register: int, scale: Array) -> list[list[Array]]:
+    """The queries times the scales of a register's eight key groups, in pieces: for each set and half of a tile."""
+    plan, keys, queries = call.plan, call.plan.keys, call.refs["queries"]
+    scale = scale[register * SUBLANES : (register + 1) * SUBLANES]
+    pieces = []
+    for number, half in itertools.product(range(plan.sets), range(keys.halves)):
+        columns = [half] if keys.halves == 2 else range(keys.columns)
+        scaled = {}
+        for row in plan.used_rows:
+            place = pl.ds(number * SUBLANES + row, 1)
+            scaled[row] = jnp.concatenate([queries[i, head, place] for i in columns], axis=1) * scale
+        index = (number * keys.halves + half) * (SPAN_GROUPS // SUBLANES) + register
+        pieces.append(keys.split(scaled, call.scratch("key_pieces", u, index), call.interpret))
+    return pieces
 
 
 def _own_rows(call: Call, product: Array, start: int, at_once: int, tile: int) -> Array:

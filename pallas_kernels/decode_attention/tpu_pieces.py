@@ -49,7 +49,10 @@ def whole(pieces: Sequence[Array], dtype: jax.typing.DTypeLike) -> Array:
 
 
 def half(pieces: Sequence[Array], number: int, dtype: jax.typing.DTypeLike) -> Array:
-    """The first or second half of the 8-bit rows of all pieces; of an odd number of them the last comes twice."""
+    """The first or second half of the 8-bit rows of all pieces; of an odd number the last comes twice.
+
+    A register has room for two, and half of one would not be multiplied any faster.
+    """
     registers = []
     for i in range(0, len(pieces), 2):
         first, second = pieces[i], pieces[min(i + 1, len(pieces) - 1)]

@@ -35,7 +35,7 @@ PASSES = 16
 STEP_SHARE = 1 / 7
 # And of its rings.
 RING_BYTES = 2 * 2**20
-TINY = 1e-30  # instead of no scale at all, for the factor that makes the most of 8-bit pieces
+TINY = 1e-20  # instead of no scale at all, for the factor that makes the most of 8-bit pieces
 # What 32-bit sums of products with codes, which are at least -128, can hold.
 MOST_SUM, MOST_CODE = 2**31 - 1, 128
 
@@ -54,6 +54,9 @@ class Plan:
         interleaved: heads that a pass takes through one stage of the pipeline before the next.
         block: tokens of a row in a grid step.
         capacity: packed tokens that a row can hold.
+        residual, sinks: tokens of a ring, and sinks.
+        window: how many of the newest tokens are attended; None for all.
+        alibi: whether there are position biases.
     """
 
     keys: Tiles
@@ -153,21 +156,18 @@ def make_plan(layer: QuantizedLayer, shared: int, kv_heads: int, alibi: bool) ->
     )
     span = SPAN_GROUPS * config.group_size
     fitting = max(RING_BYTES // (2 * residual * max(head_dim, LANES) * 2), 1)
-    # Cores get equal shares of the heads. If there are none, more heads in a step gain more than a second core.
-    share = kv_heads // cores if kv_heads % cores == 0 else kv_heads
-    most = min(fitting, 16, share)
-    heads = max(count for count in range(1, most + 1) if kv_heads % count == 0)
-    most = max(PASS_TOKENS // span, 1)
-    unroll = max(count for count in range(1, min(most, heads) + 1) if heads % count == 0)
     capacity = layer.blocks * residual
     packed = sum(x.size * x.dtype.itemsize for x in (*layer.keys, *layer.values))
     bytes_of_span = packed * span // (layer.window_k.shape[0] * layer.num_kv_heads * capacity)
+    in_vmem = max(int(STEP_SHARE * vmem_bytes()) // bytes_of_span, 1)
+    # Cores get equal shares of the heads. If there are none, more heads in a step gain more than a second core.
+    share = kv_heads // cores if kv_heads % cores == 0 else kv_heads
+    most = min(fitting, in_vmem, 16, share)
+    heads = max(count for count in range(1, most + 1) if kv_heads % count == 0)
+    most = max(PASS_TOKENS // span, 1)
+    unroll = max(count for count in range(1, min(most, heads) + 1) if heads % count == 0)
     # Rows are read in whole blocks, which therefore stay below the capacity.
-    fitting = min(
-        PASSES * unroll // heads,
-        int(STEP_SHARE * vmem_bytes()) // (bytes_of_span * heads),
-        capacity // (2 * span),
-    )
+    fitting = min(PASSES * unroll // heads, in_vmem // heads, capacity // (2 * span))
     spans = 2 ** (max(fitting, 1).bit_length() - 1)
     return Plan(
         keys=keys,

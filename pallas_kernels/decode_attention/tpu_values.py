@@ -52,9 +52,11 @@ def prepare(call: Call, u: int, head: Array, span: Array) -> None:
     plan, refs, groups = call.plan, call.refs, call.plan.channel_groups
     words = _scales_and_zeros(call, head, span)
     scales = [jax.lax.bitcast_convert_type(x << 16, jnp.float32) for x in words]
-    largest = functools.reduce(jnp.maximum, scales).max(1, keepdims=True).max(0, keepdims=True)
+    largest = functools.reduce(jnp.maximum, scales).max(1, keepdims=True)
+    largest = jnp.broadcast_to(largest, (2 * groups, LANES))
+    largest = jnp.maximum(largest, pltpu.roll(largest, groups, axis=0))
     factor = plan.most_weighted / jnp.maximum(largest, TINY)
-    refs["value_units"][u] = jnp.broadcast_to((1 / plan.values.unit) / factor, (SUBLANES, LANES))
+    _store_units(call, u, (1 / (plan.values.unit * plan.most_weighted)) * jnp.maximum(largest, TINY))
     for pair, scale in enumerate(scales):
         refs["value_affine"][u, pair, : 2 * groups] = words[pair]
         scaled = scale * factor
@@ -64,9 +66,20 @@ def prepare(call: Call, u: int, head: Array, span: Array) -> None:
             refs["value_scales"].at[u, pair][of_groups] = scaled[of_half]
 
 
+def _store_units(call: Call, u: int, units: Array) -> None:
+    """Stores the units of channel groups, on all lanes, for the rows of products."""
+    plan = call.plan
+    for column in range(plan.values.columns):
+        of_column = units[column * plan.strip_groups : (column + 1) * plan.strip_groups]
+        for first in range(0, plan.weighted_rows, SET):
+            rows = pl.ds(first, plan.strip_groups, stride=SET // plan.strip_groups)
+            call.refs["value_units"].at[u, column][rows] = of_column
+
+
 def _scales_and_zeros(call: Call, head: Array, span: Array) -> list[Array]:
     """For every pair of strips, words of a scale and above it a zero as bfloat16: rows of the first strip's channel
-    groups, then of the second's. They are 0 past the last token, where there may be anything, even NaN.
+    groups, then of the second's. They are 0 where no token is attended: past the last one there may be anything, even
+    NaN.
     """
     plan, values, groups = call.plan, call.plan.values, call.plan.channel_groups
     lanes = pl.ds(pl.multiple_of(span * plan.span, plan.span), plan.span)
@@ -83,7 +96,8 @@ def _scales_and_zeros(call: Call, head: Array, span: Array) -> list[Array]:
             rows = jnp.concatenate([half[pair * groups : (pair + 1) * groups] for half in ordered], axis=0)
         first, second = (place[:1] for place in plan.places(values, pair))
         place = jnp.where(row < groups, first, second)
-        pairs.append(jnp.where(place < call.used - span * plan.span, rows, 0))
+        _, live = call.token(place + span * plan.span)
+        pairs.append(jnp.where(live, rows, 0))
     return pairs
 
 
@@ -101,7 +115,7 @@ def weigh(call: Call, u: int, head: Array, span: Array) -> None:
             joined = values.join([of_set[row : row + plan.weighted_rows] for row in rows])
             weighted = refs["weighted"].at[column, head, number]
             shrink, grow = (refs[name][u, number] for name in ("weighted_shrink", "weighted_grow"))
-            grow *= refs["value_units"][u, :1]
+            grow *= refs["value_units"][u, column]
             weighted[...] = weighted[...] * shrink + joined * grow
 
 
@@ -116,8 +130,8 @@ def _scaled(call: Call, u: int, number: int, column: int) -> Array:
         for i in range(plan.strip_groups):
             scale = refs["value_scales"][u, pair, (first + i) * SUBLANES : (first + i + 1) * SUBLANES]
             scaled[i * SET // plan.strip_groups] = probabilities * scale
-        rows = call.rows("value_rows", u, (number * plan.pairs + pair) * values.columns + column)
-        pieces = values.split(scaled, rows, call.interpret)
+        scratch = call.scratch("value_pieces", u, (number * plan.pairs + pair) * values.columns + column)
+        pieces = values.split(scaled, scratch, call.interpret)
         if values.halves == 1:
             left += [tpu_pieces.half(pieces, half, values.dtype) for half in range(2)]
         else:  # a tile has both

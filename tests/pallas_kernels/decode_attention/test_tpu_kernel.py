@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kivi_jax.kv import KVConfig
+from kivi_jax.kv import KVConfig, KVState
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import api, tpu, tpu_plan
 from tools.oracle import decode_attention as decode_oracle
-from tools.oracle.decode_attention import check_some_kv_heads, edges, stored
+from tools.oracle.decode_attention import check_some_kv_heads, compare, edges, stored
 
 KIVI2 = PRESETS["kivi2"]
 decode_attention = functools.partial(tpu.decode_attention, interpret=True)
@@ -169,6 +169,50 @@ def test_places_without_tokens_may_hold_anything():
     k = v = jnp.ones((2, 1, 2, 128), jnp.bfloat16)
     attend = jax.jit(lambda layer: decode_attention(q, k, v, layer, state.lengths))
     np.testing.assert_array_equal(attend(poisoned), attend(layer))
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize("generation", [5, 7])
+def test_a_row_of_no_numbers_is_alone(monkeypatch, generation):
+    """The rows after it begin with empty sums."""
+    monkeypatch.setattr(tpu_plan, "_chip", lambda: (generation, 1))
+    layer, state = stored(KIVI2, 2, 128, [500, 300, 700], 800)
+    q, k, v = (jnp.ones((3, 1, heads, 128), jnp.bfloat16) for heads in (4, 2, 2))
+    attend = jax.jit(lambda q, layer: decode_attention(q, k, v, layer, state.lengths))
+    right = attend(q, layer)
+    assert np.isfinite(right).all()
+    infinite = dataclasses.replace(layer, v_zero=layer.v_zero.at[0, 0, 0, 0].set(jnp.inf))
+    for out in (attend(q.at[0].set(jnp.nan), layer), attend(q, infinite)):
+        assert not np.isfinite(out[0]).all()
+        np.testing.assert_array_equal(out[1:], right[1:])
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize("generation", [5, 7])
+def test_scales_that_differ_much(monkeypatch, generation):
+    """Values a hundred times as large in one channel group, and keys in one channel; what is constant, or zero."""
+    monkeypatch.setattr(tpu_plan, "_chip", lambda: (generation, 1))
+    generator = np.random.default_rng(0)
+    k, v = generator.standard_normal((2, 1, 700, 2, 128))
+    k[..., 5] *= 100
+    v[..., :32] *= 100
+    v[..., 32:64] = 3
+    k[..., 7], v[..., 64:96] = 0, 0
+    empty = empty_state(1, 1, 2, 800, 128, KIVI2, jnp.bfloat16).layers[0]
+    lengths = jnp.asarray([700])
+    layer = empty.store_prompt(*(jnp.asarray(x, jnp.bfloat16) for x in (k, v)), lengths)
+    as_float32 = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, layer)
+    q = jnp.asarray(generator.standard_normal((1, 4, 128)), jnp.bfloat16)
+    q = q.at[..., 5].multiply(0.01)
+    new = jnp.asarray(generator.standard_normal((1, 2, 128)), jnp.bfloat16)
+    out = decode_attention(q[:, None], new[:, None], new[:, None], layer, lengths)[:, 0]
+    expected = decode_oracle.oracle(q, new, new, KVState(lengths, (as_float32,), KIVI2, 800))
+    for channels in (slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 128)):
+        right = expected[..., channels]
+        rounded = np.asarray(jnp.asarray(right, jnp.bfloat16), np.float64)
+        compare(out[..., channels], right, ["channels"], 1e-5, rounded)
 
 
 @pytest.mark.parametrize(
