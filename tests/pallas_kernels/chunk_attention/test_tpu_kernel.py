@@ -17,7 +17,6 @@ from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.chunk_attention import api, tpu, tpu_plan
 from kivi_jax.pallas_kernels.heads import Heads
-from tests.further import further
 from tools.oracle import chunk_attention as chunk_oracle
 from tools.oracle.decode_attention import NMSE, compare, stored
 
@@ -71,7 +70,7 @@ def test_configs(config, head_dim):
 
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("query_heads", "head_dim"), [(6, 128), further(6, 64), further(1, 256)])
+@pytest.mark.parametrize(("query_heads", "head_dim"), [(6, 128), (2, 64)])
 def test_many_blocks(query_heads, head_dim):
     """Chunks longer than a block of new tokens, of which queries see only those before them."""
     lengths, counts = [0, 127, 1150, 500], [300, 129, 257, 1]
