@@ -17,7 +17,7 @@ from tools.offline import gpu_wheels
 from tools.offline.abstract_models import MODELS
 from tools.offline.decode_programs import Attention
 from tools.offline.gpu_compiler import GPUS, CompiledForGPU, Kernel, compile_programs
-from tools.offline.gpu_programs import ATTEND, MERGE, tile_loop
+from tools.offline.gpu_programs import ATTEND, CHUNK, MERGE, tile_loop, wide_tile_loop
 from tools.report_page import run, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
@@ -39,6 +39,7 @@ SHAPES = {
 }
 BITS = {"kivi2": (2, 2), "kivi4": (4, 4), "k4v2": (4, 2), "k2v4": (2, 4)}
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
+NEW_TOKENS = 512  # of each row, in chunks
 FULL = "Llama 3 8B"  # the shape with all that can be set
 
 
@@ -177,8 +178,8 @@ def _cost_rows() -> Iterator[list[str]]:
             kind: cycles * loop.kinds.get(kind, 0) * warps * passes() / SCHEDULERS
             for kind, cycles in OCCUPIED.items()
         }
-        if "HGMMA" in loop.opcodes:  # a warp group's products, which are of many sizes
-            units["tensor"] = programs * 2 * rows * TOKENS * attention.head_dim / MULTIPLIED / SCHEDULERS
+        if "HGMMA" in loop.opcodes:
+            units["tensor"] = programs * wide_tensor_cycles(rows, attention.head_dim)
         unit = max(units, key=units.__getitem__)
         packed = attention.packed_bytes(TOKENS) / bytes_per_cycle
         dense = 2 * 2 * TOKENS * attention.head_dim / bytes_per_cycle
@@ -192,6 +193,49 @@ def _cost_rows() -> Iterator[list[str]]:
             f"{dense / packed:.1f}",
             f"{dense / bound:.1f}",
         ]
+
+
+def chunks_section() -> Iterator[str]:
+    """The kernel of chunks on an H100: what a program takes, and its loop over tiles for `TOKENS` packed tokens."""
+    yield from table(
+        "shape|query × KV heads × head_dim|kv|query rows|registers|spilled|shared memory|issue|tensor",
+        _chunk_rows(),
+    )
+    yield ""
+
+
+def _chunk_rows() -> Iterator[list[str]]:
+    found = [Case(shape, kv) for shape in ("Llama 2 7B", FULL, "Falcon 7B") for kv in ("kivi2", "kivi4")]
+    fields = {str(case): dataclasses.asdict(case.attention()) for case in found}
+    results = compile_programs(
+        "h100", "tools.offline.gpu_programs:chunk_kernels", cases=fields, new=NEW_TOKENS
+    )
+    for case in found:
+        attention, result = case.attention(), results[str(case)]
+        shape, heads, kv, *_ = case.cells()
+        if isinstance(result, str):
+            yield [shape, heads, kv, "does not compile"]
+            continue
+        kernel = result.kernels[CHUNK]
+        shared = attention.query_heads // attention.kv_heads
+        rows = gpu_plan.wide_rows(NEW_TOKENS * shared, attention.head_dim)
+        warps = kernel.threads // 32
+        figures = (
+            rows,
+            kernel.registers,
+            kernel.spill_stores + kernel.spill_loads,
+            kernel.shared_memory,
+            round(wide_tile_loop(kernel).instructions * warps * passes() / SCHEDULERS),
+            round(wide_tensor_cycles(rows, attention.head_dim)),
+        )
+        yield [shape, heads, kv, *map(str, figures)]
+
+
+def wide_tensor_cycles(rows: int, head_dim: int) -> float:
+    """In which tensor cores multiply `rows` queries with the keys and values of `TOKENS` tokens: of warp groups'
+    products, which are of many sizes, by the shapes.
+    """
+    return 2 * rows * TOKENS * head_dim / MULTIPLIED / SCHEDULERS
 
 
 def memory_section() -> Iterator[str]:
@@ -245,6 +289,7 @@ SECTIONS = {
     "resources": resources_section,
     "loop": loop_section,
     "cost": cost_section,
+    "chunks": chunks_section,
     "memory": memory_section,
 }
 

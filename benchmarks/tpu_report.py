@@ -23,7 +23,7 @@ from tools.offline import abstract_models
 from tools.offline.abstract_models import abstract_params, array_bytes
 from tools.offline.decode_programs import Attention
 from tools.offline.tpu_compiler import CHIPS, compile_programs
-from tools.offline.tpu_programs import Pipeline, pipeline_of
+from tools.offline.tpu_programs import Pipeline, chunk_spans, pipeline_of
 from tools.offline.tpu_schedule import Schedule
 from tools.report_page import run, table
 
@@ -40,12 +40,14 @@ class Hardware:
         bandwidth: of its memory, bytes a second.
         memory: bytes.
         clock: of a TensorCore, cycles a second.
+        products: multiplications and additions in a cycle of a TensorCore's matrix units, in bfloat16.
         cores: TensorCores, which share bandwidth and memory.
     """
 
     bandwidth: float
     memory: float
     clock: float
+    products: int
     cores: int = 1
 
     @property
@@ -55,10 +57,10 @@ class Hardware:
 
 
 HARDWARE = {
-    "v5e": Hardware(819e9, 16e9, 1.5e9),
-    "v6e": Hardware(1638e9, 32e9, 1.75e9),
-    "v5p": Hardware(2765e9, 95e9, 1.75e9, CHIPS["v5p"].cores),
-    "v7x": Hardware(7380e9 / 2, 192 * 2**30 / 2, 2.2e9),
+    "v5e": Hardware(819e9, 16e9, 1.5e9, 4 * 128**2),
+    "v6e": Hardware(1638e9, 32e9, 1.75e9, 2 * 256**2),
+    "v5p": Hardware(2765e9, 95e9, 1.75e9, 4 * 128**2, CHIPS["v5p"].cores),
+    "v7x": Hardware(7380e9 / 2, 192 * 2**30 / 2, 2.2e9, 2 * 256**2),
 }
 # Query heads, KV heads, head_dim, group size.
 SHAPES = {
@@ -78,6 +80,7 @@ MODELS = {
     "Llama 2 7B": abstract_models.MODELS["llama-2-7b"],
     "Llama 3 8B": abstract_models.MODELS["llama-3-8b"],
 }
+NEW_TOKENS = 2048  # in chunks
 LOADS = ((4, 1024), (8, 4096), (32, 4096), (8, 32768))
 
 
@@ -166,6 +169,37 @@ def _cost_rows(chip: str, hardware: Hardware) -> Iterator[list[str]]:
         slots = ", ".join(f"{name} {share:.0%}" for name, share in cost.slots.items())
         figures = [f"{x:.0f}" for x in (cost.main, cost.bundles, cost.whole, cost.row, cost.spills)]
         yield [*named, *figures, slots, *hbm]
+
+
+def chunks_section() -> Iterator[str]:
+    """Static cost of `NEW_TOKENS` new tokens of a row for `TOKENS` packed ones."""
+    yield from table("chip|shape|cycles|decoding|the least|of it", _chunk_rows())
+    yield ""
+
+
+def _chunk_rows() -> Iterator[list[str]]:
+    cases = {shape: attention(shape, "kivi2") for shape in MODELS}
+    fields = {shape: (dataclasses.asdict(case), NEW_TOKENS) for shape, case in cases.items()}
+    for chip, hardware in HARDWARE.items():
+        compiled = compile_programs(
+            chip, "tools.offline.tpu_programs:chunk_kernels", schedules=True, cases=fields
+        )
+        for shape, case in cases.items():
+            result = compiled[shape]
+            if isinstance(result, str):
+                yield [chip, shape, "no schedule"]
+                continue
+            (schedule,) = result.schedules.values()
+            # The pass over packed tokens is the innermost loop, in the one over spans, which decodes.
+            innermost = max(range(len(schedule.loops)), key=lambda i: schedule.loops[i].depth)
+            spans, packed = schedule.loops[innermost - 1 : innermost + 1]
+            rows = NEW_TOKENS * case.query_heads // case.kv_heads
+            span, passes = chunk_spans(case, NEW_TOKENS, chip)
+            decoding = spans.cycles
+            cycles = (decoding + passes * packed.cycles) * TOKENS / span
+            least = 2 * rows * TOKENS * case.head_dim / hardware.products
+            figures = (cycles, decoding * TOKENS / span, least)
+            yield [chip, shape, *(f"{x:.0f}" for x in figures), f"{least / cycles:.0%}"]
 
 
 def projection_section() -> Iterator[str]:
@@ -261,6 +295,7 @@ def versions_section() -> Iterator[str]:
 SECTIONS = {
     "versions": versions_section,
     "cost": cost_section,
+    "chunks": chunks_section,
     "memory": memory_section,
     "projection": projection_section,
 }

@@ -1,7 +1,8 @@
 """How a TPU's kernels read a quantized layer: what they take, and which blocks of its arrays a grid step gets."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -47,24 +48,46 @@ def ring_on_lanes(residual: int, head_dim: int) -> bool:
     return across < residual * -(-head_dim // LANES) * LANES
 
 
-@runtime_checkable
-class Tiles(Protocol):
-    """What is known of packed tiles: their tokens, and the words that hold them."""
+@dataclasses.dataclass(frozen=True)
+class PackedTiles:
+    """How tokens of one head lie in packed tiles: what 8 rows of 128 words hold at 2 bits, or 16 rows at 4 bits.
+
+    That is 128 tokens, or 256 at a head_dim of 64, where word rows lie side by side in pairs (see `kv.quantize`).
+
+    Attributes:
+        bits: bits of a code.
+        group_size: tokens in a key group, or channels in a value group.
+        head_dim: 64, or a multiple of 128.
+    """
+
+    bits: int
+    group_size: int
+    head_dim: int
 
     @property
-    def tokens(self) -> int: ...
+    def halves(self) -> int:
+        """Word rows side by side in a row of words, each with 128 tokens of a tile."""
+        return 2 if self.head_dim == LANES // 2 else 1
 
     @property
-    def word_rows(self) -> int: ...
+    def lanes(self) -> int:
+        return self.halves * self.head_dim
 
     @property
-    def lanes(self) -> int: ...
+    def tokens(self) -> int:
+        """Tokens in a tile."""
+        return LANES * self.halves
+
+    @property
+    def word_rows(self) -> int:
+        """Rows of words in a tile."""
+        return LANES * self.bits // 32
 
 
 def stored(
     layer: QuantizedLayer,
-    keys: Tiles,
-    values: Tiles,
+    keys: PackedTiles,
+    values: PackedTiles,
     block: int,
     heads: int | None,
     place: Callable[..., tuple[Any, Any, Any]],

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from benchmarks.gpu.worker import Record, reason, serve
-from kivi_jax.kv import KVConfig
+from kivi_jax.kv import KVConfig, KVState
+from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.chunk_attention.api import chunk_attention
 from kivi_jax.pallas_kernels.decode_attention.api import decode_attention
 from kivi_jax.pallas_kernels.heads import Heads
@@ -163,17 +165,25 @@ def check(case: Case, kernel: str) -> Record:
     return record | {"nmse": errors, "worst": worst, "passed": bool(worst <= NMSE)}
 
 
-def row_errors(case: Case, kernel: str) -> dict[int, float]:
-    """The normalised mean squared error of each row, by its length."""
+def _random(case: Case, *new: int) -> tuple[QuantizedLayer, KVState, Array, Array, Array]:
+    """A layer, its state for the oracle, and queries, keys and values of a new token of each row, or of several."""
     query_heads, kv_heads, head_dim = case.shape
     dtype = jnp.dtype(case.dtype)
-    window = case.sliding_window
-    layer, state = stored(case.kv, kv_heads, head_dim, case.lengths, case.capacity, window, dtype)
+    layer, state = stored(
+        case.kv, kv_heads, head_dim, case.lengths, case.capacity, case.sliding_window, dtype
+    )
     generator = np.random.default_rng(1)
+    shape = (len(case.lengths), *new)
+    q = jnp.asarray(generator.standard_normal((*shape, query_heads, head_dim)), dtype)
+    k, v = jnp.asarray(generator.standard_normal((2, *shape, kv_heads, head_dim)), dtype)
+    return layer, state, q, k, v
+
+
+def row_errors(case: Case, kernel: str) -> dict[int, float]:
+    """The normalised mean squared error of each row, by its length."""
     rows = len(case.lengths)
-    q = jnp.asarray(generator.standard_normal((rows, query_heads, head_dim)), dtype)
-    k, v = jnp.asarray(generator.standard_normal((2, rows, kv_heads, head_dim)), dtype)
-    expected = oracle(q, k, v, state, window, case.slopes)
+    layer, state, q, k, v = _random(case)
+    expected = oracle(q, k, v, state, case.sliding_window, case.slopes)
     attend = jax.jit(functools.partial(decode_attention, heads=Heads(case.slopes), implementation=kernel))
     copies = jnp.tile(jnp.arange(rows), case.times)
     new = [x[copies, None] for x in (q, k, v)]
@@ -190,21 +200,13 @@ def row_errors(case: Case, kernel: str) -> dict[int, float]:
 
 def chunk_errors(case: Case, new: int, kernel: str) -> dict[int, float]:
     """The same of chunks, of those rows that have new tokens."""
-    query_heads, kv_heads, head_dim = case.shape
-    dtype = jnp.dtype(case.dtype)
-    window = case.sliding_window
-    layer, state = stored(case.kv, kv_heads, head_dim, case.lengths, case.capacity, window, dtype)
-    generator = np.random.default_rng(1)
-    rows = len(case.lengths)
-    counts = new * (np.arange(rows) % 4) // 3
-    q = jnp.asarray(generator.standard_normal((rows, new, query_heads, head_dim)), dtype)
-    k, v = jnp.asarray(generator.standard_normal((2, rows, new, kv_heads, head_dim)), dtype)
-    expected = chunk_oracle(q, k, v, state, counts, window, case.slopes)
+    counts = new * (np.arange(len(case.lengths)) % 4) // 3
+    layer, state, q, k, v = _random(case, new)
+    expected = chunk_oracle(q, k, v, state, counts, case.sliding_window, case.slopes)
     out = chunk_attention(
         q, k, v, layer, state.lengths, jnp.asarray(counts), Heads(case.slopes), implementation=kernel
     )
-    there = (np.arange(new) < counts[:, None])[..., None, None]
-    out = np.where(there, np.asarray(out, np.float64), 0)
+    out = np.asarray(out, np.float64)
     errors = {
         length: ((out[row] - expected[row]) ** 2).sum() / (expected[row] ** 2).sum()
         for row, length in enumerate(case.lengths)

@@ -31,7 +31,7 @@ def chunk_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T Hq D"]:
-    """`api.chunk_attention` as one kernel; 0 for tokens beyond a row's count.
+    """`api.chunk_attention` as one kernel.
 
     Args:
         interpret: run anywhere, slowly.

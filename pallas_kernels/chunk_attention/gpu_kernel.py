@@ -20,7 +20,7 @@ from kivi_jax.pallas_kernels.decode_attention.gpu_rows import Queries, Sums
 
 
 def attend_block(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> None:
-    """Attends a block of query rows and writes its output, which is 0 for tokens that the row doesn't have."""
+    """Attends a block of query rows and writes its output, but none for tokens that the row doesn't have."""
     ref = dict(zip(names, refs, strict=True))
     block, head, row = (pl.program_id(axis) for axis in range(3))
     start = block * plan.rows
@@ -29,16 +29,11 @@ def attend_block(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool
     shape = plan.rows, plan.head_dim
     tokens = jax.lax.div(places, plan.shared)
     place = ref["out"].at[row, tokens[:, None], queries.heads[:, None], jnp.arange(plan.head_dim)[None]]
-    real = jnp.broadcast_to(places[:, None] < plan.new * plan.shared, shape)
+    real = jnp.broadcast_to(places[:, None] < queries.new * plan.shared, shape)
 
     @pl.when(queries.first < queries.new)
     def _() -> None:
         sums = Sums.zero(*shape)
         sums = attend_packed(plan, ref, queries, sums, 0, tiles_of(plan, queries), interpret)
         sums = attend_exact(plan, ref, queries, sums, interpret)
-        out = jnp.where((tokens < queries.new)[:, None], sums.result(), 0)
-        plgpu.store(place, out.astype(ref["out"].dtype), mask=real)
-
-    @pl.when(queries.first >= queries.new)
-    def _() -> None:
-        plgpu.store(place, jnp.zeros(shape, ref["out"].dtype), mask=real)
+        plgpu.store(place, sums.result().astype(ref["out"].dtype), mask=real)

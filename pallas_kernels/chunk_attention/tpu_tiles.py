@@ -1,13 +1,10 @@
 """Tiles of packed codes, unpacked to bfloat16 for a TPU's matrix unit in the order of tokens that costs no shuffling.
 
-A tile is what 8 rows of 128 words hold at 2 bits, or 16 rows at 4 bits: 128 tokens, or 256 at a head_dim of 64, where
-word rows lie side by side in pairs (see `kv.quantize`). A shift and two bitwise operations move a field of both halves
+A shift and two bitwise operations move a field of both halves
 of every word into the mantissas of two bfloat16 numbers `1 + unit · code`. The tokens of a tile then come in the order
 (vreg, field of the half word, word row, half), which keys and values of the same bits share. Everything else that has
 tokens on its lanes follows that order, which `token_of_lane` gives.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,44 +12,15 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import BFloat16, Int32
 
+from kivi_jax.pallas_kernels.tpu_layers import PackedTiles
 from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
 
 BFLOAT16_ONE = 0x3F80
 MANTISSA_BITS = 7
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How tokens of one head lie in packed tiles.
-
-    Attributes:
-        bits: bits of a code.
-        group_size: tokens in a key group.
-        head_dim: 64, or a multiple of 128.
-    """
-
-    bits: int
-    group_size: int
-    head_dim: int
-
-    @property
-    def halves(self) -> int:
-        """Word rows side by side in a row of words."""
-        return 2 if self.head_dim == LANES // 2 else 1
-
-    @property
-    def lanes(self) -> int:
-        return self.halves * self.head_dim
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in a tile: 128 for each half."""
-        return LANES * self.halves
-
-    @property
-    def word_rows(self) -> int:
-        """Rows of words in a tile."""
-        return LANES * self.bits // 32
+class Tiles(PackedTiles):
+    """Tiles of codes that are unpacked to bfloat16."""
 
     @property
     def fields(self) -> int:

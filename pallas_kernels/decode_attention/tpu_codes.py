@@ -1,13 +1,11 @@
 """Tiles of packed codes as 8-bit integers for a TPU's matrix unit, in the order of tokens that costs no shuffling.
 
-A tile is what 8 rows of 128 words hold at 2 bits, or 16 rows at 4 bits: 128 tokens, or 256 at a head_dim of 64, where
-word rows lie side by side in pairs (see `kv.quantize`). A shift and a mask leave one field at the top of every byte,
+A shift and a mask leave one field at the top of every byte,
 which as a signed number is `unit · (code - middle_code)`. The tokens of a tile then come in the order (vreg, field of
 the byte, word row, byte), which keys and values of the same bits share. Everything else that has tokens on its lanes
 follows that order, which `token_of_lane` gives.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,24 +16,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int8, Int32
 
 from kivi_jax.pallas_kernels.decode_attention import tpu_pieces
+from kivi_jax.pallas_kernels.tpu_layers import PackedTiles
 from kivi_jax.pallas_kernels.tpu_registers import LANES, ROWS_8_BIT, SUBLANES
 
 BYTE_BITS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How tokens of one head lie in packed tiles.
-
-    Attributes:
-        bits: bits of a code.
-        group_size: tokens in a key group, or channels in a value group.
-        head_dim: 64, or a multiple of 128.
-    """
-
-    bits: int
-    group_size: int
-    head_dim: int
+class Tiles(PackedTiles):
+    """Tiles of codes that are unpacked to integers."""
 
     dtype: ClassVar[Any] = jnp.int8
     sum_dtype: ClassVar[Any] = jnp.int32  # of products
@@ -43,28 +31,9 @@ class Tiles:
     most: ClassVar[float] = 127.0 * 256  # such a number may be
 
     @property
-    def halves(self) -> int:
-        """Word rows side by side in a row of words, each with 128 tokens of a tile."""
-        return 2 if self.head_dim == LANES // 2 else 1
-
-    @property
-    def lanes(self) -> int:
-        return self.halves * self.head_dim
-
-    @property
     def columns(self) -> int:
         """Registers side by side."""
         return self.lanes // LANES
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in a tile."""
-        return LANES * self.halves
-
-    @property
-    def word_rows(self) -> int:
-        """Rows of words in a tile."""
-        return LANES * self.bits // 32
 
     @property
     def groups(self) -> int:

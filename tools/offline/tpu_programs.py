@@ -4,15 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import Array
-
-from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.chunk_attention import tpu as chunk_tpu
 from kivi_jax.pallas_kernels.decode_attention import tpu
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import MOST_QUERIES, make_plan
-from kivi_jax.pallas_kernels.heads import Heads
 from tools.offline.compiler import Program
 from tools.offline.decode_programs import Attention
 from tools.offline.tpu_compiler import CHIPS
@@ -50,6 +44,13 @@ def pipeline_of(case: Attention, chip: str) -> Pipeline:
     return Pipeline(plan.heads, plan.span * plan.unroll, units, units + 2, plan.heads_at_once)
 
 
+def chunk_spans(case: Attention, new: int, chip: str) -> tuple[int, int]:
+    """How chunks of `new` tokens go over packed tokens on `chip`: tokens of a span, and passes over each."""
+    with CHIPS[chip].lowering():
+        plan = chunk_tpu.make_plan(case.layer(), new, case.query_heads // case.kv_heads, case.alibi)
+    return plan.span, plan.rows // plan.pass_rows
+
+
 def kernels(devices: Sequence[Any], cases: dict[str, dict[str, Any]]) -> Iterator[Program]:
     """A program for each of `cases`: the fields of an `Attention`, by name."""
     for name, fields in cases.items():
@@ -59,19 +60,4 @@ def kernels(devices: Sequence[Any], cases: dict[str, dict[str, Any]]) -> Iterato
 def chunk_kernels(devices: Sequence[Any], cases: dict[str, tuple[dict[str, Any], int]]) -> Iterator[Program]:
     """A program for each of `cases`: the fields of an `Attention`, whose rows get so many new tokens, by name."""
     for name, (fields, new) in cases.items():
-        yield chunk(name, Attention(**fields), new)
-
-
-def chunk(name: str, case: Attention, new: int) -> Program:
-    """Attention of chunks of `new` tokens over the layer of `case`."""
-    heads = Heads(case.slopes())
-
-    def attend(q: Array, k: Array, v: Array, layer: QuantizedLayer, lengths: Array, counts: Array) -> Array:
-        return chunk_tpu.chunk_attention(q, k, v, layer, lengths, counts, heads)
-
-    q, k = (
-        jax.ShapeDtypeStruct((case.batch, new, heads, case.head_dim), case.dtype)
-        for heads in (case.query_heads, case.kv_heads)
-    )
-    numbers = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
-    return Program(name, attend, (q, k, k, case.layer(), numbers, numbers))
+        yield Attention(**fields).chunk_program(name, chunk_tpu.chunk_attention, new)

@@ -15,13 +15,13 @@ import pytest
 from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
-from kivi_jax.pallas_kernels.chunk_attention import api, gpu
+from kivi_jax.pallas_kernels.chunk_attention import api
 from kivi_jax.pallas_kernels.heads import Heads
 from tools.oracle import chunk_attention as chunk_oracle
 from tools.oracle.decode_attention import NMSE, compare, stored
 
 KIVI2 = PRESETS["kivi2"]
-chunk_attention = functools.partial(gpu.chunk_attention, interpret=True)
+chunk_attention = functools.partial(api.chunk_attention, implementation="pallas_gpu")
 check = functools.partial(chunk_oracle.check, chunk_attention)
 
 

@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -15,7 +14,6 @@ from tests.compiled import arrays_not_read, succeeded
 from tools.offline.compiler import Compiled, Program
 from tools.offline.decode_programs import Attention
 from tools.offline.tpu_compiler import CHIPS, compile_programs
-from tools.offline.tpu_programs import chunk
 
 pytestmark = [
     pytest.mark.compiled,
@@ -70,13 +68,13 @@ def test_kernel_reads_the_cache_as_it_is_stored(chip, name):
 def copying_kernel(devices: Sequence[Any]) -> Iterator[Program]:
     """A kernel that must not pass: an array was changed on its way."""
     case, new = KERNELS["llama-3"]
-    program = chunk("", case, new)
+    program = case.chunk_program("", tpu.chunk_attention, new)
 
     def attend(q, k, v, layer, *numbers):
         padded = jnp.pad(layer.k_codes, ((0, 0), (0, 0), (0, 32), (0, 0)))
-        return tpu.chunk_attention(q, k, v, dataclasses.replace(layer, k_codes=padded), *numbers)
+        return program.function(q, k, v, dataclasses.replace(layer, k_codes=padded), *numbers)
 
-    yield Program("", jax.jit(attend), program.arguments)
+    yield Program("", attend, program.arguments)
 
 
 def test_a_copied_array_is_seen():
