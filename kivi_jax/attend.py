@@ -46,7 +46,11 @@ def attend_prompts_for_each(
     """`attend_prompts`, stored in one layer of each of several caches."""
     out = prefill_attention(q, k, v, layers[0].sliding_window, heads)
     k, v = finite(k), finite(v)
-    filled = tuple(layer.store_prompt(k, v, lengths, rows) for layer in layers)
+    start = jnp.zeros_like(lengths)
+    filled = tuple(
+        layer.store_prompt(k, v, lengths, rows, heads.query_energy(q, layer, start, lengths))
+        for layer in layers
+    )
     return _once_stored(out, layers, filled, rows), filled
 
 
@@ -62,7 +66,7 @@ def _once_stored(
     stored = jnp.ones(out.shape[0], bool)
     for old, array in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         if array is not old:  # what a short prompt leaves as it is may hold anything
-            first = array[:, 0, 0, 0]
+            first = array[(slice(None), *[0] * (array.ndim - 1))]
             stored = once_computed(
                 stored, first[: stored.size] if rows is None else first[jnp.maximum(rows, 0)]
             )
@@ -82,7 +86,8 @@ def attend_chunk(
     """`counts` new tokens attend themselves and the `lengths` stored ones, and are appended."""
     out = chunk_attention(q, k, v, layer, lengths, counts, heads, implementation)
     counts = jnp.where(once_computed(counts > 0, out), counts, 0)
-    longer = layer.append_chunk(finite(k), finite(v), lengths, counts)
+    energy = heads.query_energy(q, layer, lengths, counts)
+    longer = layer.append_chunk(finite(k), finite(v), lengths, counts, energy)
     return _once_stored(out, (layer,), (longer,)), longer
 
 
@@ -99,7 +104,9 @@ def attend_token(
     """One new token of each row attends itself and the `lengths` stored ones; those of `active` rows are appended."""
     attended = jnp.where(active, lengths, 0)  # rows that have ended must not cost reads
     out = decode_attention(q, k, v, layer, attended, heads, implementation)
-    return out, layer.append_token(finite(k[:, 0]), finite(v[:, 0]), lengths, once_computed(active, out))
+    active = once_computed(active, out)
+    energy = heads.query_energy(q, layer, lengths, active)
+    return out, layer.append_token(finite(k[:, 0]), finite(v[:, 0]), lengths, active, energy)
 
 
 def attend_as_decoded(

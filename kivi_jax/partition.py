@@ -74,7 +74,7 @@ class Partition:
             heads = Heads(slopes)
             if self.query_heads != self.kv_heads:
                 first = jax.lax.axis_index(self.query_heads) * q.shape[2] // shared
-                heads = Heads(slopes, kv_heads=1, first_kv_head=first)
+                heads = Heads(slopes, kv_heads=1, first_kv_head=first, mesh_axis=self.query_heads)
             return function(q, k, v, layer, heads, *per_row)
 
         queries = PartitionSpec(self.rows, None, self.query_heads)

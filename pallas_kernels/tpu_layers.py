@@ -28,6 +28,8 @@ def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
         raise NotImplementedError(f"the TPU kernel takes a head_dim of 64, 128 or 256, not {head_dim}")
     if group_size not in GROUP_SIZES:
         raise NotImplementedError(f"the TPU kernel takes groups of 32, 64 or 128, not {group_size}")
+    if layer.config.boosted_channels:
+        raise NotImplementedError("the TPU kernel does not read boosted channels")
     for name, dtype in (("queries", q.dtype), ("a state", layer.window_k.dtype)):
         if dtype != jnp.bfloat16:
             raise NotImplementedError(f"the TPU kernel takes bfloat16, not {name} of {dtype}")

@@ -42,6 +42,7 @@ def decode(params, kv, tokens, lengths, following, capacity):
         KVConfig(2, 2, group_size=32, residual_length=32),
         KVConfig(4, 2, group_size=16, residual_length=32),
         KVConfig(2, 4, group_size=8, residual_length=16),
+        KVConfig(2, 2, 16, 32, sink_tokens=7, boosted_channels=0.25, rotated_values=True),
     ],
     ids=str,
 )
@@ -59,7 +60,14 @@ def test_replays_the_original_rules(tmp_path, config):
         assert_replays(logits[row], tensors, config, chunks, f"prompt of {length}")
 
 
-@pytest.mark.parametrize("config", [KVConfig(2, 2, 32, 32), KVConfig(4, 2, 16, 32, sink_tokens=20)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        KVConfig(2, 2, 32, 32, boosted_channels=0.25, rotated_values=True),
+        KVConfig(4, 2, 16, 32, sink_tokens=20),
+    ],
+    ids=str,
+)
 def test_chunks_follow_the_original_rules(tmp_path, config):
     """A chunk attends what was stored before it as it decodes, and itself exactly; rows get chunks of any lengths."""
     tensors = random_tensors(TINY)

@@ -9,10 +9,10 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Float, Int, Num
 
-from kivi_jax.kv.quantize import Quantized
 from kivi_jax.kv.rings import slot_of
 
 Buffers = TypeVar("Buffers")  # a tree of arrays
+Packed = TypeVar("Packed", bound=tuple[Any, ...])  # codes, scales and zeros
 
 TILE_ROWS, TILE_LANES = 8, 128
 
@@ -130,23 +130,21 @@ def _in_order_of_axes(buffer: Array) -> Array:
 
 
 def write_block_of_rows(
-    buffers: Quantized,
-    update: Quantized,
-    axes: tuple[int, ...],
+    buffers: Packed,
+    update: Packed,
+    axes: Packed,
     rows: Int[Array, " N"],
     index: Int[Array, " N"],
-) -> Quantized:
-    """`write_rows` of each array."""
-    written = (
-        write_rows(buffer, block, rows, index, axis)
-        for buffer, block, axis in zip(buffers, update, axes, strict=True)
+) -> Packed:
+    """`write_rows` of each array, along its own of `axes`."""
+    return jax.tree.map(
+        lambda buffer, block, axis: write_rows(buffer, block, rows, index, axis), buffers, update, axes
     )
-    return Quantized(*written)
 
 
 def write_blocks(
-    buffers: Quantized, blocks: Quantized, axes: tuple[int, ...], slots: Int[Array, "B count"], size: int
-) -> Quantized:
+    buffers: Packed, blocks: Packed, axes: Packed, slots: Int[Array, "B count"], size: int
+) -> Packed:
     """Writes block i of row b into slot `slots[b, i]` of the `size` that `buffers` have; into none beyond those. No two
     slots of a row are the same.
 
@@ -162,14 +160,14 @@ def write_blocks(
 
 
 def _write_blocks_in_turn(
-    axes: tuple[int, ...], size: int, buffers: Quantized, blocks: Quantized, slots: Int[Array, "B count"]
-) -> Quantized:
+    axes: Packed, size: int, buffers: Packed, blocks: Packed, slots: Int[Array, "B count"]
+) -> Packed:
     count = slots.shape[1]
-    blocks = Quantized(*map(row_major, blocks))
+    blocks = jax.tree.map(row_major, blocks)
     due = (slots < size).ravel()
     turns = jnp.argsort(~due)
 
-    def write_block(i: Array, buffers: Quantized) -> Quantized:
+    def write_block(i: Array, buffers: Packed) -> Packed:
         row, number = turns[i] // count, turns[i] % count
 
         def write_into(buffer: Array, update: Array, axis: int) -> Array:
@@ -181,14 +179,14 @@ def _write_blocks_in_turn(
             starts[axis] = slots[row, number].astype(row.dtype) * length
             return row_major(jax.lax.dynamic_update_slice(buffer, block, starts))
 
-        return Quantized(*map(write_into, buffers, blocks, axes))
+        return jax.tree.map(write_into, buffers, blocks, axes)
 
     return jax.lax.fori_loop(0, due.sum(), write_block, buffers)
 
 
 def _scatter_blocks(
-    axes: tuple[int, ...], size: int, buffers: Quantized, blocks: Quantized, slots: Int[Array, "B count"]
-) -> Quantized:
+    axes: Packed, size: int, buffers: Packed, blocks: Packed, slots: Int[Array, "B count"]
+) -> Packed:
     rows = jnp.arange(slots.shape[0])[:, None]
 
     def split(array: Array, axis: int, count: int) -> Array:
@@ -200,10 +198,10 @@ def _scatter_blocks(
         update = jnp.moveaxis(split(update, axis, slots.shape[1]), axis, 1)
         return row_major(scatter(split(buffer, axis, size), place, update).reshape(buffer.shape))
 
-    return Quantized(*map(put, buffers, blocks, axes))
+    return jax.tree.map(put, buffers, blocks, axes)
 
 
-def read_blocks(packed: Quantized, axes: tuple[int, ...], index: Int[Array, " B"], size: int) -> Quantized:
+def read_blocks(packed: Packed, axes: Packed, index: Int[Array, " B"], size: int) -> Packed:
     """Block `index[b]` of each row `b`, of the `size` that every row has."""
 
     def read(array: Array, axis: int) -> Array:
@@ -212,7 +210,7 @@ def read_blocks(packed: Quantized, axes: tuple[int, ...], index: Int[Array, " B"
             array, index * length
         )
 
-    return Quantized(*map(read, packed, axes))
+    return jax.tree.map(read, packed, axes)
 
 
 def set_chunk(

@@ -1,10 +1,11 @@
-"""How the key-value state is stored: bits, group size, exact tokens and exact layers."""
+"""How the key-value state is stored: bits, group size, boosted channels, exact tokens and exact layers."""
 
 import dataclasses
 import operator
 from typing import Any
 
-from kivi_jax.arguments import read_whole
+from kivi_jax.arguments import read_flag, read_number, read_whole
+from kivi_jax.kv.quantize import BOOSTED_BITS, BOOSTED_FROM
 
 UNQUANTIZED_BITS = 16  # stands for the activation dtype, whatever that is
 
@@ -23,6 +24,11 @@ class KVConfig:
             their attention there ("attention sinks"), and their keys would widen the range of their groups.
         overrides: layers stored in another way, as `{layer: name or KVConfig}`; -1 is the last layer. Kept as a sorted
             tuple of pairs.
+        boosted_channels: the share of key channels that have 4 bits instead of `key_bits`, which must be 2: those that
+            would lose most. They are chosen for each row and KV head when its first `residual_length` tokens are
+            quantized, by their range and the queries there.
+        rotated_values: whether values are stored rotated by a Hadamard matrix, which spreads what sits in few channels.
+            What attention gives is rotated back.
 
     Raises:
         ValueError: the fields do not fit together.
@@ -34,13 +40,24 @@ class KVConfig:
     residual_length: int = 128
     sink_tokens: int = 0
     overrides: Any = ()
+    boosted_channels: float = 0.0
+    rotated_values: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", _read_overrides(self.overrides))
         for name in ("key_bits", "value_bits", "group_size", "residual_length", "sink_tokens"):
             object.__setattr__(self, name, read_whole(name, getattr(self, name)))
+        object.__setattr__(self, "boosted_channels", read_number("boosted_channels", self.boosted_channels))
+        object.__setattr__(self, "rotated_values", read_flag("rotated_values", self.rotated_values))
         bits = self.bits
+        if not 0 <= self.boosted_channels < 1 or (self.boosted_channels and self.key_bits != BOOSTED_FROM):
+            raise ValueError(
+                f"boosted_channels is a share of key channels, from 0 to less than 1, and needs key_bits = "
+                f"{BOOSTED_FROM}; got {self.boosted_channels} with key_bits = {self.key_bits}"
+            )
         if bits == (UNQUANTIZED_BITS, UNQUANTIZED_BITS):
+            if self.rotated_values:
+                raise ValueError("rotated_values is for quantized values; an unquantized state has none")
             return
         if not set(bits) <= {2, 4}:
             raise ValueError(
@@ -78,7 +95,12 @@ class KVConfig:
         """
         if not self.quantized:
             return float(UNQUANTIZED_BITS)
-        return (self.key_bits + self.value_bits) / 2 + 32 / self.group_size
+        more = (BOOSTED_BITS - BOOSTED_FROM) * self.boosted_channels
+        return (self.key_bits + more + self.value_bits) / 2 + 32 / self.group_size
+
+    def boosted_of(self, head_dim: int) -> int:
+        """How many of a head's key channels are boosted."""
+        return round(self.boosted_channels * head_dim)
 
     def of_layers(self, num_layers: int) -> tuple["KVConfig", ...]:
         """The configuration of every layer, none of which has overrides.
@@ -121,6 +143,8 @@ PRESETS = {
     "kivi-k4v2": KVConfig(4, 2),
     "kivi-k2v4": KVConfig(2, 4),
     "kivi2": KVConfig(2, 2),
+    "kivi2-plus": KVConfig(2, 2, 64, sink_tokens=32, boosted_channels=0.25, rotated_values=True),
+    "kivi2-plus-g32": KVConfig(2, 2, sink_tokens=32, boosted_channels=0.25, rotated_values=True),
     "kivi2-sinks": KVConfig(2, 2, sink_tokens=32),
     "kivi2-edges": KVConfig(2, 2, overrides={0: _EXACT, -1: _EXACT}),
     "kivi-k4v4": KVConfig(4, 4),
@@ -158,6 +182,11 @@ def _check_head_dim(config: KVConfig, head_dim: int) -> None:
         raise ValueError(
             f"group_size {config.group_size} does not divide the model's head_dim {head_dim}; "
             f"pass kv=KVConfig(..., group_size=G) with a G that does"
+        )
+    if config.boosted_channels and not 0 < config.boosted_of(head_dim) == config.boosted_channels * head_dim:
+        raise ValueError(
+            f"boosted_channels {config.boosted_channels} of the model's head_dim {head_dim} are no whole number "
+            f"of channels"
         )
     if config.quantized and head_dim == 64 and config.residual_length * min(config.bits) % 64:
         raise ValueError(

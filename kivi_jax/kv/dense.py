@@ -59,6 +59,7 @@ class DenseLayer(Layer):
         v: Float[Array, "N T H D"],
         lengths: Int[Array, " N"],
         rows: Int[Array, " N"] | None = None,
+        query_energy: Float[Array, "N H D"] | None = None,
     ) -> "DenseLayer":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if k.shape[2] > self.slots:
@@ -73,6 +74,7 @@ class DenseLayer(Layer):
         v: Float[Array, "B H D"],
         lengths: Int[Array, " B"],
         active: Bool[Array, " B"],
+        query_energy: Float[Array, "B H D"] | None = None,
     ) -> "DenseLayer":
         at = slot_of(lengths, self.slots)
         return dataclasses.replace(
@@ -85,6 +87,7 @@ class DenseLayer(Layer):
         v: Float[Array, "B T H D"],
         lengths: Int[Array, " B"],
         counts: Int[Array, " B"],
+        query_energy: Float[Array, "B H D"] | None = None,
     ) -> "DenseLayer":
         k, v = (set_chunk(ring, x.swapaxes(1, 2), lengths, counts) for ring, x in ((self.k, k), (self.v, v)))
         return dataclasses.replace(self, k=k, v=v)
@@ -93,7 +96,10 @@ class DenseLayer(Layer):
         return self
 
     def read_back(
-        self, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]
+        self,
+        k: Float[Array, "B H T D"],
+        v: Float[Array, "B H T D"],
+        query_energy: Float[Array, "B H D"] | None = None,
     ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T D"]]:
         return k, v
 

@@ -25,6 +25,7 @@ class Region(NamedTuple):
             values are in the dtype in which they take part in products.
         unit: `start` and `count` are multiples of it.
         packed: whether `read` decodes: then not all of the region should be read at once.
+        queries: makes queries `[B, H, rows, D]` such that their products with the region's keys are scores.
     """
 
     size: int
@@ -32,6 +33,7 @@ class Region(NamedTuple):
     read: Read
     unit: int = 1
     packed: bool = False
+    queries: Callable[[Array], Array] = lambda q: q
 
 
 class Layer(abc.ABC):
@@ -57,6 +59,17 @@ class Layer(abc.ABC):
     def flush_every(self) -> int | None:
         """A row is flushed whenever its length becomes a multiple of this, before its next token; None for never."""
 
+    @property
+    def weighs_channels(self) -> bool:
+        """Whether `query_energy` makes a difference: for each KV head and channel, the sum of the squares of the
+        queries of what is stored, of those of a row's first `flush_every` tokens.
+        """
+        return False
+
+    def rotated(self, v: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        """New values as they are to be attended beside stored ones; and what was attended so, back."""
+        return v
+
     @abc.abstractmethod
     def store_prompt(
         self,
@@ -64,6 +77,7 @@ class Layer(abc.ABC):
         v: Float[Array, "N T H D"],
         lengths: Int[Array, " N"],
         rows: Int[Array, " N"] | None = None,
+        query_energy: Float[Array, "N H D"] | None = None,
     ) -> "Layer":
         """Replaces `rows`, or the first N, by right-padded prompts of `lengths` tokens. Those of negative rows, which
         come last, are left out.
@@ -76,6 +90,7 @@ class Layer(abc.ABC):
         v: Float[Array, "B H D"],
         lengths: Int[Array, " B"],
         active: Bool[Array, " B"],
+        query_energy: Float[Array, "B H D"] | None = None,
     ) -> "Layer":
         """Adds one token to the `active` rows, which hold `lengths` tokens before it."""
 
@@ -86,6 +101,7 @@ class Layer(abc.ABC):
         v: Float[Array, "B T H D"],
         lengths: Int[Array, " B"],
         counts: Int[Array, " B"],
+        query_energy: Float[Array, "B H D"] | None = None,
     ) -> "Layer":
         """Adds `counts` of T tokens to rows of `lengths`, and flushes as often as adding them one by one would."""
 
@@ -105,7 +121,10 @@ class Layer(abc.ABC):
 
     @abc.abstractmethod
     def read_back(
-        self, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]
+        self,
+        k: Float[Array, "B H T D"],
+        v: Float[Array, "B H T D"],
+        query_energy: Float[Array, "B H D"] | None = None,
     ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T D"]]:
         """What the first T tokens of rows are read as once they are all flushed; anything for those of a block that T
         cuts off.

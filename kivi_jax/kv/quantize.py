@@ -8,9 +8,15 @@ Layout of the codes: 32-bit words, consecutive tokens in a word, `head_dim` on t
 would leave half of a 128-lane accelerator row empty, so there word rows 2i and 2i + 1 lie side by side in one row of
 128 words (where their number is even). Beside this file only the kernels know of these rules, which unpack for
 themselves, and `config.py`, which checks `residual_length` at a `head_dim` of 64.
+
+Boosted keys have channels of 4 bits before those of 2. All channels have a 2-bit code in words as above, which for a
+boosted channel is the upper half of its 4; the lower halves are words of their own, `low`, of the boosted channels
+only. As these are few, blocks of R tokens lie side by side, so that lanes are full: of n boosted channels, word row i
+of block j is `low[..., i, j·n : (j + 1)·n]`. Where word rows of the codes lie in pairs, a block of `low` has its even
+word rows first, then the odd ones: what lies side by side there is not mixed here.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,6 +26,8 @@ from kivi_jax.promotion import with_usual_promotion
 
 WORD_BITS = 32
 FOLDED_HEAD_DIM = 64
+BOOSTED_FROM, BOOSTED_BITS = 2, 4
+LOW_CODES = 2 ** (BOOSTED_BITS - BOOSTED_FROM)
 
 
 class Quantized(NamedTuple):
@@ -34,9 +42,24 @@ class Quantized(NamedTuple):
     zero: Float[Array, "..."]
 
 
-# The axis of codes, scale and zero that grows with the number of tokens.
-KEY_TOKEN_AXES = (-2, -2, -2)
-VALUE_TOKEN_AXES = (-2, -1, -1)
+class BoostedKeys(NamedTuple):
+    """Packed codes of keys whose first channels have 4 bits, and the scale and zero of every group.
+
+    A channel of 2 bits is code · scale + zero; one of 4 is (code + low / 4) · scale + zero, `code` its upper two bits
+    and `low` the lower ones. For `x [..., T, D]`, n boosted channels and blocks of R tokens: codes `[..., T/16, D]`,
+    scale and zero `[..., T/group_size, D]` in the dtype of `x`, low `[..., R/16, T/R·n]`.
+    """
+
+    codes: Int32[Array, "..."]
+    scale: Float[Array, "..."]
+    zero: Float[Array, "..."]
+    low: Int32[Array, "..."]
+
+
+# The axis of each array that grows with the number of tokens, in the place of the array.
+KEY_TOKEN_AXES: Any = Quantized._make((-2, -2, -2))
+BOOSTED_KEY_TOKEN_AXES: Any = BoostedKeys._make((-2, -2, -2, -1))
+VALUE_TOKEN_AXES: Any = Quantized._make((-2, -1, -1))
 
 
 @with_usual_promotion
@@ -51,6 +74,31 @@ def quantize_keys(x: Float[Array, "*batch T D"], bits: int, group_size: int) -> 
     groups = x.reshape(*batch, length // group_size, group_size, head_dim)
     codes, scale, zero = _quantize_groups(groups, bits, axis=-2)
     return Quantized(_pack(codes.reshape(x.shape), bits), scale.squeeze(-2), zero.squeeze(-2))
+
+
+@with_usual_promotion
+def quantize_boosted_keys(
+    x: Float[Array, "*batch T D"], boosted: int, group_size: int, block: int
+) -> BoostedKeys:
+    """`quantize_keys` with 4 bits for the first `boosted` channels and 2 for the others, in blocks of `block` tokens.
+
+    Raises:
+        ValueError: T not a multiple of `group_size`, or of `block`, or `block` not one of a word's tokens.
+    """
+    *batch, length, head_dim = x.shape
+    _check_lengths(BOOSTED_FROM, length, group_size, "tokens")
+    if length % block:
+        raise ValueError(f"{length} tokens don't divide into blocks of {block}")
+    groups = x.reshape(*batch, length // group_size, group_size, head_dim)
+    fine, scale, zero = _quantize_groups(groups[..., :boosted], BOOSTED_BITS, axis=-2)
+    others = _quantize_groups(groups[..., boosted:], BOOSTED_FROM, axis=-2)
+    codes, scale, zero = (
+        jnp.concatenate(pair, axis=-1)
+        for pair in zip((fine // LOW_CODES, scale * LOW_CODES, zero), others, strict=True)
+    )
+    low = _pack_low((fine % LOW_CODES).reshape(*batch, length, boosted), block, head_dim)
+    codes = _pack(codes.reshape(x.shape), BOOSTED_FROM)
+    return BoostedKeys(codes, scale.squeeze(-2), zero.squeeze(-2), low)
 
 
 @with_usual_promotion
@@ -82,6 +130,21 @@ def dequantize_keys(quantized: Quantized, bits: int, group_size: int) -> Float[A
 
 
 @with_usual_promotion
+def dequantize_boosted_keys(
+    quantized: BoostedKeys, group_size: int, block: int
+) -> tuple[Float[Array, "*batch T D"], Float[Array, "*batch T boosted"]]:
+    """What the codes decode to, and what `low` adds to the boosted channels; float32."""
+    *batch, _, head_dim = quantized.scale.shape
+    coarse = dequantize_keys(Quantized(*quantized[:3]), BOOSTED_FROM, group_size)
+    length = coarse.shape[-2]
+    low = _unpack_low(quantized.low, length // block, head_dim) + LOW_CODES // 2
+    boosted = low.shape[-1]
+    scale = quantized.scale[..., None, :boosted].astype(jnp.float32) / LOW_CODES
+    groups = low.reshape(*batch, length // group_size, group_size, boosted)
+    return coarse, (groups * scale).reshape(low.shape)
+
+
+@with_usual_promotion
 def dequantize_values(quantized: Quantized, bits: int, group_size: int) -> Float[Array, "*batch T D"]:
     """Undoes `quantize_values` up to half a scale per value; float32."""
     codes = _unpack(quantized.codes, bits, quantized.scale.shape[-2] * group_size) + 2 ** (bits - 1)
@@ -100,7 +163,40 @@ def _unpack(codes: Int32[Array, "*batch rows lanes"], bits: int, head_dim: int) 
     return fields.reshape(*words.shape[:-2], -1, head_dim)
 
 
+def _pack_low(
+    codes: Int32[Array, "*batch T n"], block: int, head_dim: int
+) -> Int32[Array, "*batch rows lanes"]:
+    *batch, length, boosted = codes.shape
+    words = _pack_words(codes, BOOSTED_FROM).reshape(*batch, length // block, -1, boosted)
+    rows = words.shape[-2]
+    if _in_pairs(head_dim, rows):
+        words = words.reshape(*words.shape[:-2], rows // 2, 2, boosted).swapaxes(-2, -3)
+        words = words.reshape(*batch, -1, rows, boosted)
+    return words.swapaxes(-2, -3).reshape(*batch, rows, -1)
+
+
+def _unpack_low(
+    low: Int32[Array, "*batch rows lanes"], blocks: int, head_dim: int
+) -> Int32[Array, "*batch T n"]:
+    *batch, rows, lanes = low.shape
+    words = low.reshape(*batch, rows, blocks, lanes // blocks).swapaxes(-2, -3)
+    if _in_pairs(head_dim, rows):
+        words = words.reshape(*words.shape[:-2], 2, rows // 2, -1).swapaxes(-2, -3)
+    return _unpack(words.reshape(*batch, blocks * rows, -1), BOOSTED_FROM, lanes // blocks)
+
+
+def _in_pairs(head_dim: int, rows: int) -> bool:
+    """Whether two word rows lie side by side."""
+    return head_dim == FOLDED_HEAD_DIM and rows % 2 == 0
+
+
 def _pack(codes: Int32[Array, "*batch T D"], bits: int) -> Int32[Array, "*batch rows lanes"]:
+    words = _pack_words(codes, bits)
+    *batch, rows, head_dim = words.shape
+    return words.reshape(*batch, rows // 2, 2 * head_dim) if _in_pairs(head_dim, rows) else words
+
+
+def _pack_words(codes: Int32[Array, "*batch T D"], bits: int) -> Int32[Array, "*batch rows D"]:
     *batch, length, head_dim = codes.shape
     per_word = WORD_BITS // bits
     if length % per_word:
@@ -108,11 +204,7 @@ def _pack(codes: Int32[Array, "*batch T D"], bits: int) -> Int32[Array, "*batch 
     # Flipping the top bit subtracts 2^(bits - 1) modulo 2^bits.
     fields = (codes ^ 2 ** (bits - 1)).reshape(*batch, length // per_word, per_word, head_dim)
     shifts = bits * jnp.arange(per_word, dtype=jnp.int32)
-    words = jnp.sum(fields << shifts[:, None], axis=-2, dtype=jnp.int32)
-    rows = length // per_word
-    if head_dim == FOLDED_HEAD_DIM and rows % 2 == 0:
-        words = words.reshape(*batch, rows // 2, 2 * head_dim)
-    return words
+    return jnp.sum(fields << shifts[:, None], axis=-2, dtype=jnp.int32)
 
 
 def _quantize_groups(

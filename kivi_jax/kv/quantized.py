@@ -4,11 +4,15 @@ A layer of a row with L tokens (group size G, residual length R) holds
 
 - `window_k`, `window_v`: a ring of the last R tokens, token `t` in slot `t % R`;
 - packed blocks of R tokens each, for all t < L - L % R, keys and values alike, block `j` in slot `j % N` of N;
-- the first `sink_tokens` tokens once more, exactly, which are then read from nowhere else.
+- the first `sink_tokens` tokens once more, exactly, which are then read from nowhere else;
+- with boosted channels, the order in which packed keys have their channels, the boosted ones first. A row's first block
+  decides it, and until then the energy of its queries is summed up for that.
 
 Whenever L reaches a multiple of R the whole ring is quantized into the next packed block, and `window_k` is replaced by
 what that block decodes to. So a decode step finds keys quantized for t < L - L % R and exact after; it reads values
 from the packed blocks for t < L - R and from the ring, where they are exact, after. Those are KIVI's two boundaries.
+
+Rotated values are so in every array. Whoever attends them rotates the new token's as well, and the result back.
 """
 
 import dataclasses
@@ -31,18 +35,25 @@ from kivi_jax.kv.buffers import (
     write_blocks,
     write_rows,
 )
+from kivi_jax.kv.channels import order_channels, put_channels, rotate, take_channels
 from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.layer import Layer, Region
 from kivi_jax.kv.quantize import (
+    BOOSTED_KEY_TOKEN_AXES,
     KEY_TOKEN_AXES,
     VALUE_TOKEN_AXES,
+    BoostedKeys,
     Quantized,
+    dequantize_boosted_keys,
     dequantize_keys,
     dequantize_values,
+    quantize_boosted_keys,
     quantize_keys,
     quantize_values,
 )
 from kivi_jax.kv.rings import entries_in, entry_in, slot_of
+
+PackedKeys = Quantized | BoostedKeys
 
 
 @functools.partial(
@@ -58,6 +69,9 @@ from kivi_jax.kv.rings import entries_in, entry_in, slot_of
         "window_v",
         "sink_k",
         "sink_v",
+        "k_low",
+        "channels",
+        "query_energy",
     ],
     meta_fields=["config", "sliding_window"],
 )
@@ -79,6 +93,9 @@ class QuantizedLayer(Layer):
     window_v: Float[Array, "B H R D"]
     sink_k: Float[Array, "B H sink_tokens D"] | None
     sink_v: Float[Array, "B H sink_tokens D"] | None
+    k_low: Int32[Array, "B H R/16 N*boosted"] | None
+    channels: Int32[Array, "B H D"] | None
+    query_energy: Float[Array, "B H D"] | None
     config: KVConfig
     sliding_window: int | None = None
 
@@ -104,23 +121,30 @@ class QuantizedLayer(Layer):
         blocks = max(blocks, 1)  # so that there is something to slice
         # A block is quantized in the abstract for its shapes.
         ring = jax.ShapeDtypeStruct((batch, num_kv_heads, residual, head_dim), dtype)
-        packed_k = jax.eval_shape(lambda x: quantize_keys(x, config.key_bits, config.group_size), ring)
-        packed_v = jax.eval_shape(lambda x: quantize_values(x, config.value_bits, config.group_size), ring)
+        packed_k = jax.eval_shape(functools.partial(_pack_keys, config), ring)
+        packed_v = jax.eval_shape(functools.partial(_pack_values, config), ring)
         sinks = (batch, num_kv_heads, config.sink_tokens, head_dim)
-        return cls(
-            *_zero_blocks(packed_k, KEY_TOKEN_AXES, blocks),
-            *_zero_blocks(packed_v, VALUE_TOKEN_AXES, blocks),
-            jnp.zeros(ring.shape, dtype),
-            jnp.zeros(ring.shape, dtype),
-            jnp.zeros(sinks, dtype) if config.sink_tokens else None,
-            jnp.zeros(sinks, dtype) if config.sink_tokens else None,
-            config,
-            sliding_window,
-        )
+        by_channel = (batch, num_kv_heads, head_dim)
+        boosted = config.boosted_channels > 0
+        fields = {
+            **dict.fromkeys(("sink_k", "sink_v", "k_low", "channels", "query_energy")),
+            **_by_field(
+                _zero_blocks(packed_k, _key_axes(config), blocks),
+                _zero_blocks(packed_v, VALUE_TOKEN_AXES, blocks),
+            ),
+            "window_k": jnp.zeros(ring.shape, dtype),
+            "window_v": jnp.zeros(ring.shape, dtype),
+        }
+        if config.sink_tokens:
+            fields |= {"sink_k": jnp.zeros(sinks, dtype), "sink_v": jnp.zeros(sinks, dtype)}
+        if boosted:
+            fields |= {"channels": jnp.zeros(by_channel, jnp.int32), "query_energy": jnp.zeros(by_channel)}
+        return cls(**fields, config=config, sliding_window=sliding_window)
 
     @property
-    def keys(self) -> Quantized:
-        return Quantized(self.k_codes, self.k_scale, self.k_zero)
+    def keys(self) -> PackedKeys:
+        plain = self.k_codes, self.k_scale, self.k_zero
+        return Quantized(*plain) if self.k_low is None else BoostedKeys(*plain, self.k_low)
 
     @property
     def values(self) -> Quantized:
@@ -144,18 +168,33 @@ class QuantizedLayer(Layer):
     def flush_every(self) -> int:
         return self.config.residual_length
 
+    @property
+    def weighs_channels(self) -> bool:
+        return self.channels is not None
+
+    def rotated(self, v: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        return rotate(v) if self.config.rotated_values else v
+
     def store_prompt(
         self,
         k: Float[Array, "N T H D"],
         v: Float[Array, "N T H D"],
         lengths: Int[Array, " N"],
         rows: Int[Array, " N"] | None = None,
+        query_energy: Float[Array, "N H D"] | None = None,
     ) -> "QuantizedLayer":
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        k, v = k.swapaxes(1, 2), self.rotated(v).swapaxes(1, 2)
         residual = self.config.residual_length
         newest = entries_in(lengths, residual)  # slots that no token reached yet hold any token
         window_k, window_v = take_tokens(k, newest), take_tokens(v, newest)
         updates: dict[str, Any] = {}
+        channels = None
+        if self.weighs_channels:
+            updates["query_energy"] = _energy_or_ones(query_energy, k)
+            if k.shape[2] >= residual:
+                first_block = self._without_sinks(k[:, :, :residual], jnp.arange(residual))
+                channels = self._order_channels(first_block, updates["query_energy"])
+                updates["channels"] = channels
         if count := min(k.shape[2] // residual, self.blocks):
             # Blocks that reach into a row's padding are written as well: the row's own flush replaces them before any
             # read.
@@ -168,10 +207,10 @@ class QuantizedLayer(Layer):
                 of_slot = jnp.maximum(of_slot.reshape(len(lengths), -1), 0)
                 block_k = self._without_sinks(take_tokens(k, of_slot), of_slot)
                 block_v = take_tokens(v, of_slot)
-            packed_k, packed_v = self._quantize(block_k, block_v)
+            packed_k, packed_v = self._pack(block_k, block_v, channels)
             updates |= _by_field(packed_k, packed_v)
             last = jnp.maximum(flushed - 1, 0) % count
-            window_k = self._with_flushed(window_k, packed_k, last, count, lengths, flushed)
+            window_k = self._with_flushed(window_k, packed_k, channels, last, count, lengths, flushed)
         updates |= {"window_k": window_k, "window_v": window_v}
         if self.sinks is not None:
             first = slice(self.config.sink_tokens)
@@ -185,10 +224,12 @@ class QuantizedLayer(Layer):
         v: Float[Array, "B H D"],
         lengths: Int[Array, " B"],
         active: Bool[Array, " B"],
+        query_energy: Float[Array, "B H D"] | None = None,
     ) -> "QuantizedLayer":
+        v = self.rotated(v)
         slots = slot_of(lengths, self.config.residual_length)
         layer = dataclasses.replace(
-            self,
+            self._with_energy(query_energy),
             window_k=set_ring_tokens(self.window_k, k, slots, active),
             window_v=set_ring_tokens(self.window_v, v, slots, active),
         )
@@ -205,14 +246,21 @@ class QuantizedLayer(Layer):
         starts = lengths - residual
         ring_k, ring_v = take_rows(self.window_k, rows), take_rows(self.window_v, rows)
         ring_k = self._without_sinks(ring_k, starts[:, None] + jnp.arange(residual))
-        packed_k, packed_v = self._quantize(ring_k, ring_v)
-        flushed_k = dequantize_keys(packed_k, self.config.key_bits, self.config.group_size)
         slots = slot_of(starts // residual, self.blocks)
-        layer = self._with_packed(
-            write_block_of_rows(self.keys, packed_k, KEY_TOKEN_AXES, rows, slots),
+        first = jnp.zeros_like(slots)
+        layer, channels = self, None
+        if self.channels is not None and self.query_energy is not None:
+            chosen = self._order_channels(ring_k, take_rows(self.query_energy, rows))
+            channels = jnp.where((starts == 0)[:, None, None], chosen, take_rows(self.channels, rows))
+            layer = dataclasses.replace(
+                self, channels=write_rows(self.channels, channels, rows, first, axis=-1)
+            )
+        packed_k, packed_v = self._pack(ring_k, ring_v, channels)
+        flushed_k = self._decoded_keys(packed_k, channels)
+        layer = layer._with_packed(
+            write_block_of_rows(self.keys, packed_k, self._key_axes, rows, slots),
             write_block_of_rows(self.values, packed_v, VALUE_TOKEN_AXES, rows, slots),
         )
-        first = jnp.zeros_like(slots)
         window_k = write_rows(self.window_k, flushed_k.astype(ring_k.dtype), rows, first, axis=-2)
         return dataclasses.replace(layer, window_k=window_k)
 
@@ -222,8 +270,9 @@ class QuantizedLayer(Layer):
         v: Float[Array, "B T H D"],
         lengths: Int[Array, " B"],
         counts: Int[Array, " B"],
+        query_energy: Float[Array, "B H D"] | None = None,
     ) -> "QuantizedLayer":
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        k, v = k.swapaxes(1, 2), self.rotated(v).swapaxes(1, 2)
         residual, length = self.config.residual_length, k.shape[2]
         begun = lengths % residual  # tokens of the block in progress, which the ring holds exactly
         start = lengths - begun
@@ -242,24 +291,30 @@ class QuantizedLayer(Layer):
         kept = (newest < 0)[:, None, :, None]
         window_k = jnp.where(kept, self.window_k, take_tokens(aligned_k, newest))
         window_v = jnp.where(kept, self.window_v, take_tokens(aligned_v, newest))
-        keys, values = self.keys, self.values
+        longer = self._with_energy(query_energy)
+        keys, values, channels = self.keys, self.values, self.channels
         if most:
             block_k = self._without_sinks(
                 aligned_k[:, :, : most * residual], start[:, None] + places[:-residual]
             )
-            packed_k, packed_v = self._quantize(block_k, aligned_v[:, :, : most * residual])
             flushed = (begun + counts) // residual
+            if channels is not None and longer.query_energy is not None:
+                chosen = self._order_channels(block_k[:, :, :residual], longer.query_energy)
+                channels = jnp.where(((start == 0) & (flushed > 0))[:, None, None], chosen, channels)
+            packed_k, packed_v = self._pack(block_k, aligned_v[:, :, : most * residual], channels)
             block = jnp.arange(most)
             # Only the newest of the blocks that would share a slot is written.
             due = (block < flushed[:, None]) & (block >= flushed[:, None] - self.blocks)
             slots = jnp.where(
                 due, slot_of(start[:, None] // residual + block, self.blocks), self.blocks + block
             )
-            keys = write_blocks(keys, packed_k, KEY_TOKEN_AXES, slots, self.blocks)
+            keys = write_blocks(keys, packed_k, self._key_axes, slots, self.blocks)
             values = write_blocks(values, packed_v, VALUE_TOKEN_AXES, slots, self.blocks)
             last = jnp.maximum(flushed - 1, 0)
-            window_k = self._with_flushed(window_k, packed_k, last, most, begun + counts, flushed)
-        layer = dataclasses.replace(self._with_packed(keys, values), window_k=window_k, window_v=window_v)
+            window_k = self._with_flushed(window_k, packed_k, channels, last, most, begun + counts, flushed)
+        layer = dataclasses.replace(
+            longer._with_packed(keys, values), window_k=window_k, window_v=window_v, channels=channels
+        )
         if self.sinks is None:
             return layer
         of_chunk = jnp.arange(self.config.sink_tokens) - lengths[:, None]
@@ -272,15 +327,21 @@ class QuantizedLayer(Layer):
         return dataclasses.replace(layer, sink_k=sink_k, sink_v=sink_v)
 
     def read_back(
-        self, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]
+        self,
+        k: Float[Array, "B H T D"],
+        v: Float[Array, "B H T D"],
+        query_energy: Float[Array, "B H D"] | None = None,
     ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T D"]]:
         config, tokens = self.config, jnp.arange(k.shape[2])
         filling = ((0, 0), (0, 0), (0, -tokens.size % config.residual_length), (0, 0))
-        packed_k, packed_v = self._quantize(
-            jnp.pad(self._without_sinks(k, tokens), filling), jnp.pad(v, filling)
-        )
-        decoded_k = dequantize_keys(packed_k, config.key_bits, config.group_size)
-        decoded_v = dequantize_values(packed_v, config.value_bits, config.group_size)
+        ranged_k = jnp.pad(self._without_sinks(k, tokens), filling)
+        channels = None
+        if self.weighs_channels:
+            energy = _energy_or_ones(query_energy, k)
+            channels = self._order_channels(ranged_k[:, :, : config.residual_length], energy)
+        packed_k, packed_v = self._pack(ranged_k, jnp.pad(self.rotated(v), filling), channels)
+        decoded_k = self._decoded_keys(packed_k, channels)
+        decoded_v = self.rotated(dequantize_values(packed_v, config.value_bits, config.group_size))
         is_sink = (tokens < config.sink_tokens)[:, None]
         return (
             jnp.where(is_sink, k, decoded_k[:, :, : tokens.size]),
@@ -307,7 +368,6 @@ class QuantizedLayer(Layer):
 
     def _packed_region(self, lengths: Int[Array, " B"], of_heads: Callable[[Array], Array]) -> Region:
         config, residual = self.config, self.config.residual_length
-        capacity = self.blocks * residual
         ends = jnp.maximum(lengths - residual, 0)  # newer tokens are in the ring
 
         def read(start: int | Array, count: int) -> tuple[Array, Array, Array]:
@@ -318,37 +378,75 @@ class QuantizedLayer(Layer):
             tokens = jnp.where((tokens >= config.sink_tokens) & (tokens < ends[:, None]), tokens, -1)
 
             def take(array: Array, axis: int) -> Array:
-                length = array.shape[axis]
-                first = start // (capacity // length)
-                return of_heads(jax.lax.dynamic_slice_in_dim(array, first, count * length // capacity, axis))
+                length = array.shape[axis] // self.blocks  # of a block
+                first, size = start // residual * length, count // residual * length
+                return of_heads(jax.lax.dynamic_slice_in_dim(array, first, size, axis))
 
-            keys = Quantized(*map(take, self.keys, KEY_TOKEN_AXES))
-            values = Quantized(*map(take, self.values, VALUE_TOKEN_AXES))
+            keys = _unpack_keys(config, jax.tree.map(take, self.keys, self._key_axes))
+            values = jax.tree.map(take, self.values, VALUE_TOKEN_AXES)
             return (
                 tokens,
-                dequantize_keys(keys, config.key_bits, config.group_size),
+                keys[0] if len(keys) == 1 else jnp.concatenate(keys, axis=-1),
                 dequantize_values(values, config.value_bits, config.group_size),
             )
 
-        # Whole blocks keep words and groups whole.
-        return Region(capacity, jnp.minimum(ends.max(), capacity), read, unit=residual, packed=True)
+        def queries(q: Float[Array, "B H rows D"]) -> Float[Array, "B H rows channels"]:
+            """In the order of the keys' channels, and those of the boosted ones once more, for what `k_low` adds."""
+            if self.channels is None:
+                return q
+            q = take_channels(q, of_heads(self.channels))
+            return jnp.concatenate([q, q[..., : config.boosted_of(q.shape[-1])]], axis=-1)
 
-    def _quantize(
-        self, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]
-    ) -> tuple[Quantized, Quantized]:
-        config = self.config
-        return (
-            quantize_keys(k, config.key_bits, config.group_size),
-            quantize_values(v, config.value_bits, config.group_size),
+        capacity = self.blocks * residual
+        # Whole blocks keep words and groups whole.
+        return Region(
+            capacity, jnp.minimum(ends.max(), capacity), read, unit=residual, packed=True, queries=queries
         )
 
-    def _with_packed(self, keys: Quantized, values: Quantized) -> "QuantizedLayer":
+    @property
+    def _key_axes(self) -> Any:
+        return _key_axes(self.config)
+
+    def _pack(
+        self,
+        k: Float[Array, "B H T D"],
+        v: Float[Array, "B H T D"],
+        channels: Int32[Array, "B H D"] | None,
+    ) -> tuple[PackedKeys, Quantized]:
+        """Whole blocks, keys in the order of `channels`."""
+        k = k if channels is None else take_channels(k, channels)
+        return _pack_keys(self.config, k), _pack_values(self.config, v)
+
+    def _decoded_keys(
+        self, packed: PackedKeys, channels: Int32[Array, "B H D"] | None
+    ) -> Float[Array, "B H T D"]:
+        """What `_pack` made of keys, float32."""
+        decoded, *low = _unpack_keys(self.config, packed)
+        if channels is None:
+            return decoded
+        boosted = low[0].shape[-1]
+        decoded = jnp.concatenate([decoded[..., :boosted] + low[0], decoded[..., boosted:]], axis=-1)
+        return put_channels(decoded, channels)
+
+    def _order_channels(
+        self, first_block: Float[Array, "B H R D"], query_energy: Float[Array, "B H D"]
+    ) -> Int32[Array, "B H D"]:
+        return order_channels(first_block, query_energy, self.config.group_size)
+
+    def _with_energy(self, query_energy: Float[Array, "B H D"] | None) -> "QuantizedLayer":
+        if self.query_energy is None:
+            return self
+        more = _energy_or_ones(query_energy, self.query_energy)
+        return dataclasses.replace(self, query_energy=self.query_energy + more)
+
+    def _with_packed(self, keys: PackedKeys, values: Quantized) -> "QuantizedLayer":
         return dataclasses.replace(self, **_by_field(keys, values))
 
     def _with_flushed(
         self,
         window_k: Float[Array, "B H R D"],
-        packed_k: Quantized,
+        packed_k: PackedKeys,
+        channels: Int32[Array, "B H D"] | None,
         last: Int[Array, " B"],
         count: int,
         lengths: Int[Array, " B"],
@@ -357,9 +455,7 @@ class QuantizedLayer(Layer):
         """The ring whose slots of a flushed block hold what that decodes to: block `last` of the `count` in `packed_k`,
         for rows that have `flushed` any of them.
         """
-        decoded = dequantize_keys(
-            read_blocks(packed_k, KEY_TOKEN_AXES, last, count), self.config.key_bits, self.config.group_size
-        )
+        decoded = self._decoded_keys(read_blocks(packed_k, self._key_axes, last, count), channels)
         residual = self.config.residual_length
         replaced = (jnp.arange(residual) >= (lengths % residual)[:, None]) & (flushed > 0)[:, None]
         return jnp.where(replaced[:, None, :, None], decoded.astype(window_k.dtype), window_k)
@@ -378,13 +474,41 @@ class QuantizedLayer(Layer):
         return jnp.where(is_sink, first, k)
 
 
-def _by_field(keys: Quantized, values: Quantized) -> dict[str, Any]:
+def _key_axes(config: KVConfig) -> Any:
+    return BOOSTED_KEY_TOKEN_AXES if config.boosted_channels else KEY_TOKEN_AXES
+
+
+def _pack_keys(config: KVConfig, k: Float[Array, "B H T D"]) -> PackedKeys:
+    if not config.boosted_channels:
+        return quantize_keys(k, config.key_bits, config.group_size)
+    boosted = config.boosted_of(k.shape[-1])
+    return quantize_boosted_keys(k, boosted, config.group_size, config.residual_length)
+
+
+def _unpack_keys(config: KVConfig, packed: PackedKeys) -> tuple[Array, ...]:
+    """Decoded keys, and what the first channels have besides, if they are boosted."""
+    if isinstance(packed, BoostedKeys):
+        return dequantize_boosted_keys(packed, config.group_size, config.residual_length)
+    return (dequantize_keys(packed, config.key_bits, config.group_size),)
+
+
+def _pack_values(config: KVConfig, v: Float[Array, "B H T D"]) -> Quantized:
+    return quantize_values(v, config.value_bits, config.group_size)
+
+
+def _energy_or_ones(query_energy: Array | None, like: Float[Array, "B H *tokens D"]) -> Float[Array, "B H D"]:
+    """Ones where nobody knows the queries: channels then differ by their range."""
+    return jnp.ones((*like.shape[:2], like.shape[-1])) if query_energy is None else query_energy
+
+
+def _by_field(keys: tuple[Any, ...], values: tuple[Any, ...]) -> dict[str, Any]:
     """Packed keys and values by the names of a layer's fields."""
+    names = ("codes", "scale", "zero", "low")
     named = zip("kv", (keys, values), strict=True)
-    return {f"{of}_{name}": array for of, packed in named for name, array in packed._asdict().items()}
+    return {f"{of}_{name}": array for of, packed in named for name, array in zip(names, packed, strict=False)}
 
 
-def _zero_blocks(block: Quantized, axes: tuple[int, ...], count: int) -> Quantized:
+def _zero_blocks(block: Any, axes: Any, count: int) -> Any:
     """Arrays for `count` blocks like `block`."""
 
     def zeros(array: Array | jax.ShapeDtypeStruct, axis: int) -> Array:
@@ -392,7 +516,7 @@ def _zero_blocks(block: Quantized, axes: tuple[int, ...], count: int) -> Quantiz
         shape[axis] *= count
         return jnp.zeros(shape, array.dtype)
 
-    return Quantized(*map(zeros, block, axes))
+    return jax.tree.map(zeros, block, axes)
 
 
 def _exact_region(

@@ -72,6 +72,6 @@ def _compiled(
         xla.chunk_attention,
         implementation,
         layer,
-        *(q, k, v, layer, lengths, counts, heads),
+        *(q, k, layer.rotated(v), layer, lengths, counts, heads),
     )
-    return jnp.where(xla.there_are(counts, q), out, 0)
+    return jnp.where(xla.there_are(counts, q), layer.rotated(out), 0)

@@ -62,11 +62,12 @@ def _compiled(
     implementation: Implementation,
 ) -> Float[Array, "B 1 Hq D"]:
     """Compiled, so that layers alike are traced once: the kernel takes a while."""
-    return dispatch(
+    out = dispatch(
         "decode attention",
         KERNELS,
         xla.decode_attention,
         implementation,
         layer,
-        *(q, k, v, layer, lengths, heads),
+        *(q, k, layer.rotated(v), layer, lengths, heads),
     )
+    return layer.rotated(out)

@@ -121,6 +121,8 @@ def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
     group_size = layer.config.group_size
     if group_size not in GROUP_SIZES:
         raise NotImplementedError(f"the GPU kernel takes a group_size of 32, 64 or 128, not {group_size}")
+    if layer.config.boosted_channels:
+        raise NotImplementedError("the GPU kernel does not read boosted channels")
     if q.dtype not in DTYPES or layer.window_k.dtype != q.dtype:
         raise NotImplementedError(
             "the GPU kernel takes queries and a state in bfloat16 or both in float16, not "

@@ -36,7 +36,9 @@ def decode_attention_in_parallel(
     assert size is not None
     dtype = k.dtype
     k, v = (heads.of_new(x).swapaxes(1, 2) for x in (k, v))
-    stored_k, stored_v = layer.read_back(k, v)
+    tokens = jnp.full(q.shape[0], length)
+    energy = heads.query_energy(q, layer, jnp.zeros_like(tokens), tokens)
+    stored_k, stored_v = layer.read_back(k, v, None if energy is None else heads.of_stored(energy))
     # What a ring holds of a flushed block has the activations' dtype. Whatever it is, decoding computes in float32.
     ring_k = stored_k.astype(dtype)
     chunk = min(EXACT_BLOCK, length)

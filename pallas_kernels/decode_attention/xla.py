@@ -47,6 +47,7 @@ class Queries(NamedTuple):
     """Queries grouped by the KV head they share: a row for every new token and, within it, every query head."""
 
     vectors: Float[Array, "B H rows D"]  # float32
+    head_dim: int  # of the model; stored keys can have some channels twice
     positions: Int[Array, "B rows"]
     sliding_window: int | None
     alibi_slopes: Slopes | None
@@ -65,7 +66,7 @@ class Queries(NamedTuple):
         vectors = q.reshape(batch, new, num_kv_heads, shared, head_dim).swapaxes(1, 2)
         vectors = vectors.reshape(batch, num_kv_heads, new * shared, head_dim).astype(jnp.float32)
         positions = jnp.repeat(lengths[:, None] + jnp.arange(new), shared, axis=1)
-        return cls(vectors, positions, sliding_window, alibi_slopes)
+        return cls(vectors, head_dim, positions, sliding_window, alibi_slopes)
 
     def ungroup(self, out: Float[Array, "B H rows D"], new: int) -> Float[Array, "B T Hq D"]:
         batch, num_kv_heads, rows, head_dim = out.shape
@@ -82,10 +83,10 @@ class Queries(NamedTuple):
         scores = jnp.einsum(
             "bhrd,bhtd->bhrt", self.vectors.astype(keys.dtype), keys, preferred_element_type=jnp.float32
         )
-        batch, num_kv_heads, rows, head_dim = self.vectors.shape
-        scores = scores * head_dim**-0.5  # here, as it would round queries of 16 bits once more
+        batch, num_kv_heads, rows, _ = self.vectors.shape
+        scores = scores * self.head_dim**-0.5  # here, as it would round queries of 16 bits once more
         if self.alibi_slopes is not None:
-            bias = alibi_bias(self.alibi_slopes, tokens, head_dim)
+            bias = alibi_bias(self.alibi_slopes, tokens, self.head_dim)
             bias = bias.reshape(batch, num_kv_heads, -1, tokens.shape[-1])
             scores = scores + jnp.tile(bias, (1, 1, rows // bias.shape[2], 1))
         if self.sliding_window is not None:
@@ -120,6 +121,7 @@ def decode_attention(
 
 def _attend_region(sums: OnlineSoftmax, queries: Queries, region: Region, block: int) -> OnlineSoftmax:
     """Stored tokens, of `block` places at a time."""
+    queries = queries._replace(vectors=region.queries(queries.vectors))
 
     def attend(sums: OnlineSoftmax, start: int | Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
         tokens, keys, values = region.read(start, block)

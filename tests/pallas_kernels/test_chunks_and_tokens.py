@@ -48,9 +48,8 @@ class Rows:
         q, k, v = self.random(QUERY_HEADS, length) / 4, self.random(HEADS, length), self.random(HEADS, length)
         lengths = jnp.asarray(self.lengths), jnp.asarray(counts)
         out = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), self.layer, *lengths)
-        self.layer = store(
-            self.layer, jnp.asarray(k), jnp.asarray(v), jnp.asarray(self.lengths), jnp.asarray(counts)
-        )
+        energy = Heads().query_energy(jnp.asarray(q), self.layer, *lengths)
+        self.layer = store(self.layer, jnp.asarray(k), jnp.asarray(v), *lengths, energy)
         for row, count in enumerate(counts):
             if count:
                 heads_first = (x[row, :count].swapaxes(0, 1) for x in (q, k, v))
@@ -66,8 +65,8 @@ def attend_one(q, k, v, layer, lengths, counts):
 
 
 @jax.jit
-def store_one(layer, k, v, lengths, counts):
-    layer = layer.append_token(k[:, 0], v[:, 0], lengths, counts > 0)
+def store_one(layer, k, v, lengths, counts, energy):
+    layer = layer.append_token(k[:, 0], v[:, 0], lengths, counts > 0, energy)
     if layer.flush_every is None:
         return layer
 
@@ -81,12 +80,12 @@ def store_one(layer, k, v, lengths, counts):
     return jax.lax.fori_loop(0, lengths.size, flush, layer)
 
 
-def store_first(layer, k, v, lengths, counts):
-    return jax.jit(type(layer).store_prompt)(layer, k, v, counts)
+def store_first(layer, k, v, lengths, counts, energy):
+    return jax.jit(type(layer).store_prompt)(layer, k, v, counts, None, energy)
 
 
-def store_chunk(layer, k, v, lengths, counts):
-    return jax.jit(type(layer).append_chunk)(layer, k, v, lengths, counts)
+def store_chunk(layer, k, v, lengths, counts, energy):
+    return jax.jit(type(layer).append_chunk)(layer, k, v, lengths, counts, energy)
 
 
 @pytest.mark.parametrize("sliding_window", [*map(further, (None, 20, 48, 150)), 33])
@@ -97,7 +96,8 @@ def store_chunk(layer, k, v, lengths, counts):
         KVConfig(2, 2, 32, 32),
         further(KVConfig(4, 2, 16, 64)),
         KVConfig(2, 4, 32, 32, sink_tokens=32),
-        KVConfig(2, 2, 16, 32, sink_tokens=5),
+        KVConfig(2, 2, 16, 32, sink_tokens=5, boosted_channels=0.25, rotated_values=True),
+        further(KVConfig(2, 4, 16, 64, boosted_channels=0.5)),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from jax import Array
 from kivi_jax import KVState, Params
 from kivi_jax.kv.dense import DenseLayer
 from kivi_jax.kv.quantized import QuantizedLayer
+from tools.oracle.numpy_kivi import hadamard
 
 Stored = tuple[
     tuple[np.ndarray, np.ndarray], ...
@@ -51,8 +52,16 @@ def _decode_layer(
     v_scale, v_zero = (
         np.asarray(x)[:, :, channels // group].swapaxes(2, 3) for x in (layer.v_scale, layer.v_zero)
     )
+    if layer.k_low is not None:
+        boosted = np.arange(head_dim) < np.asarray(layer.k_low).shape[3] // (len(places) // residual)
+        packed_k = packed_k + np.where(boosted, read_low_codes(layer, head_dim), 0) / 4
     packed_k = packed_k * k_scale + k_zero
     packed_v = packed_v * v_scale + v_zero
+    if layer.channels is not None:
+        unordered = np.empty_like(packed_k)
+        at = np.broadcast_to(np.asarray(layer.channels)[:, :, None], packed_k.shape)
+        np.put_along_axis(unordered, at, packed_k, axis=3)
+        packed_k = unordered
     blocks = len(places) // residual
     for row, length in enumerate(lengths):
         oldest = max(length // residual - blocks, 0) * residual
@@ -67,7 +76,23 @@ def _decode_layer(
         if sinks:
             k[row, :, : min(sinks, length)] = np.asarray(layer.sink_k)[row, :, :length]
             v[row, :, : min(sinks, length)] = np.asarray(layer.sink_v)[row, :, :length]
-    return k, v
+    return k, v @ hadamard(head_dim) if config.rotated_values else v
+
+
+def read_low_codes(layer: QuantizedLayer, head_dim: int) -> np.ndarray:
+    """The lower halves of boosted channels' codes `[B, H, T, D]`; 0 of other channels."""
+    words = np.asarray(layer.k_low).view(np.uint32)
+    rows, blocks = words.shape[2], layer.blocks
+    boosted = words.shape[3] // blocks
+    low = np.zeros((*words.shape[:2], 16 * rows * blocks, head_dim), np.float32)
+    for token in range(low.shape[2]):
+        block, at = divmod(token, 16 * rows)
+        row = at // 16
+        if head_dim == 64 and rows % 2 == 0:
+            row = row % 2 * (rows // 2) + row // 2
+        fields = words[:, :, row, block * boosted : (block + 1) * boosted] >> np.uint32(2 * (at % 16)) & 3
+        low[:, :, token, :boosted] = (fields + 2) % 4
+    return low
 
 
 def read_codes(words: np.ndarray, bits: int, head_dim: int) -> np.ndarray:

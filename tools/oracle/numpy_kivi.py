@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import scipy.linalg
 
 Tensors = dict[str, np.ndarray]
 
@@ -33,7 +34,8 @@ class KiviLists:
     """Keys and values `[H, T, D]` of one layer of one sequence, the quantized ones as they decode.
 
     The first `sink_tokens` tokens decode to themselves and are no part of their groups: for the keys' range, the first
-    token after them stands in. A token attends the newest `sliding_window` ones, itself included.
+    token after them stands in. A token attends the newest `sliding_window` ones, itself included. Of each head's
+    channels those have 4 bits whose keys' ranges in the first block, times the norm of its queries, are the largest.
     """
 
     key_bits: int
@@ -42,9 +44,13 @@ class KiviLists:
     residual_length: int
     sink_tokens: int = 0
     sliding_window: int | None = None
+    boosted_channels: float = 0.0
+    rotated_values: bool = False
     nudge: float = 0.0
 
     def __post_init__(self) -> None:
+        self.boosted: np.ndarray | None = None  # channels of each head
+        self.first_q: list[np.ndarray] = []  # [Hq, D] of each token of the first block
         self.k: list[np.ndarray] = []  # one [H, D] a token
         self.v: list[np.ndarray] = []
         self.quantized_keys = self.quantized_values = 0
@@ -54,6 +60,7 @@ class KiviLists:
 
         Stored tokens are attended as they decode, the new ones exactly: a whole prompt, a chunk, or one token.
         """
+        self.first_q += list(q.swapaxes(0, 1)[: max(self.residual_length - len(self.k), 0)])
         self.k += list(k.swapaxes(0, 1))
         self.v += list(v.swapaxes(0, 1))
         all_k, all_v = np.stack(self.k, axis=1), np.stack(self.v, axis=1)
@@ -64,17 +71,42 @@ class KiviLists:
             ranged = np.stack(self.k[start:end], axis=1)
             exact = max(self.sink_tokens - start, 0)
             ranged[:, :exact] = ranged[:, min(exact, self.residual_length - 1), None]
-            decoded = fake_quantize(ranged, self.key_bits, self.group_size, axis=1, nudge=self.nudge)
+            decoded = self.decoded_keys(ranged)
             self.k[start + exact : end] = list(decoded.swapaxes(0, 1))[exact:]
             self.quantized_keys = end
         while length - self.quantized_values > self.residual_length:
             token = self.quantized_values
             if token >= self.sink_tokens:
-                self.v[token] = fake_quantize(
-                    self.v[token], self.value_bits, self.group_size, axis=1, nudge=self.nudge
-                )
+                self.v[token] = self.decoded_values(self.v[token])
             self.quantized_values += 1
         return out
+
+    def decoded_keys(self, block: np.ndarray) -> np.ndarray:
+        decoded = fake_quantize(block, self.key_bits, self.group_size, axis=1, nudge=self.nudge)
+        count = round(self.boosted_channels * block.shape[2])
+        if not count:
+            return decoded
+        if self.boosted is None:
+            queries = np.stack(self.first_q, axis=1)
+            norms = np.sqrt((queries**2).reshape(len(block), -1, block.shape[2]).sum(1))
+            groups = block.reshape(len(block), -1, self.group_size, block.shape[2])
+            losses = (groups.max(2) - groups.min(2)).mean(1) * norms
+            self.boosted = np.argsort(-losses, axis=1)[:, :count]
+        finer = fake_quantize(block, 4, self.group_size, axis=1, nudge=self.nudge)
+        for head, channels in enumerate(self.boosted):
+            decoded[head, :, channels] = finer[head, :, channels]
+        return decoded
+
+    def decoded_values(self, v: np.ndarray) -> np.ndarray:
+        matrix = hadamard(v.shape[1]) if self.rotated_values else np.eye(v.shape[1], dtype=np.float32)
+        return fake_quantize(v @ matrix, self.value_bits, self.group_size, axis=1, nudge=self.nudge) @ matrix
+
+
+def hadamard(size: int) -> np.ndarray:
+    """Orthogonal and symmetric: Hadamard matrices of the largest possible power of two, along the diagonal."""
+    power = 2 ** max(i for i in range(size) if size % 2**i == 0)
+    blocks = [scipy.linalg.hadamard(power)] * (size // power)
+    return (scipy.linalg.block_diag(*blocks) / np.sqrt(power)).astype(np.float32)
 
 
 def softmax_attention(
