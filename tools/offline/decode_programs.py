@@ -32,6 +32,7 @@ class Attention:
     group_size: int = 32
     residual_length: int = 128
     sink_tokens: int = 0
+    boosted_channels: float = 0.0
     sliding_window: int | None = None
     alibi: bool = False
     batch: int = 4
@@ -41,7 +42,12 @@ class Attention:
     def layer(self) -> QuantizedLayer:
         """A layer of abstract arrays."""
         config = KVConfig(
-            self.key_bits, self.value_bits, self.group_size, self.residual_length, self.sink_tokens
+            self.key_bits,
+            self.value_bits,
+            self.group_size,
+            self.residual_length,
+            self.sink_tokens,
+            boosted_channels=self.boosted_channels,
         )
         shape = (self.batch, self.kv_heads, self.capacity, self.head_dim)
         return jax.eval_shape(lambda: QuantizedLayer.empty(*shape, self.dtype, config, self.sliding_window))
