@@ -7,7 +7,16 @@ from kivi_jax.kv.config import resolve_kv
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("bf16", 16), ("kivi4", 5), ("kivi-k4v2", 4), ("kivi-k2v4", 4), ("kivi2", 3)]
+    ("name", "bits"),
+    [
+        ("bf16", 16),
+        ("kivi4", 5),
+        ("kivi-k4v2", 4),
+        ("kivi-k2v4", 4),
+        ("kivi2", 3),
+        ("kivi2-plus", 2.75),
+        ("kivi2-plus-g32", 3.25),
+    ],
 )
 def test_presets_count_scale_and_zero(name, bits):
     assert PRESETS[name].bits_per_value() == bits
@@ -29,6 +38,13 @@ def test_presets_count_scale_and_zero(name, bits):
         ((2, 2, 32, 32, 0, {"first": "bf16"}), "overrides map"),
         ((2, 2, 32, 32, 0, {0: KVConfig(2, 2, overrides={0: "bf16"})}), "without overrides"),
         ((2, 2, 32, 32, 0, "bf16"), "overrides map"),
+        ((2, 2, 32, 32, 0, (), 1.0), "boosted_channels is a share"),
+        ((2, 2, 32, 32, 0, (), -0.25), "boosted_channels is a share"),
+        ((4, 2, 32, 32, 0, (), 0.25), "needs key_bits = 2; got 0.25 with key_bits = 4"),
+        ((16, 16, 32, 32, 0, (), 0.25), "needs key_bits = 2"),
+        ((2, 2, 32, 32, 0, (), "much"), "boosted_channels must be a number"),
+        ((16, 16, 32, 32, 0, (), 0, True), "rotated_values is for quantized values"),
+        ((2, 2, 32, 32, 0, (), 0, 1), "rotated_values must be True or False"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields, message, monkeypatch):
@@ -51,6 +67,13 @@ def test_unknown_kv_names_the_choices():
         ValueError, match=r"'bf16', 'kivi4', 'kivi-k4v2', 'kivi-k2v4', 'kivi2', .* or a KVConfig, got 'kivi3'"
     ):
         resolve_kv("kivi3", 64, 2)
+
+
+def test_boosted_channels_are_a_whole_number():
+    assert resolve_kv(KVConfig(2, 2, boosted_channels=0.25), 64, 2).boosted_of(64) == 16
+    for share, head_dim in ((0.3, 64), (0.001, 128)):
+        with pytest.raises(ValueError, match=f"boosted_channels {share} of the model's head_dim {head_dim}"):
+            resolve_kv(KVConfig(2, 2, boosted_channels=share), head_dim, 2)
 
 
 def test_blocks_fill_folded_rows():

@@ -24,6 +24,7 @@ storages = pytest.mark.parametrize(
         (KVConfig(2, 2, 32, 32), None),
         (KVConfig(4, 2, 32, 32, sink_tokens=5), None),
         (KVConfig(2, 2, 32, 32), 50),
+        (KVConfig(2, 2, 16, 32, sink_tokens=3, boosted_channels=0.25, rotated_values=True), 90),
     ],
     ids=str,
 )
@@ -38,12 +39,17 @@ def stored(config: KVConfig, sliding_window: int | None) -> Layer:
 def read(
     layer: Layer, lengths: jax.Array, unit: bool
 ) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-    """Keys and values of all regions by row and token, read at once or in the smallest pieces."""
+    """Keys and values of all regions by row and token, read at once or in the smallest pieces. What queries make of
+    keys are products with each of a model's channels.
+    """
     found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    channels = jnp.broadcast_to(jnp.eye(HEAD_DIM), (lengths.size, HEADS, HEAD_DIM, HEAD_DIM))
     for region in layer.regions(lengths):
         count = region.unit if unit else region.size
         for start in range(0, region.size, count):
             tokens, keys, values = map(np.asarray, region.read(start, count))
+            keys = np.einsum("bhcd,bhtd->bhtc", region.queries(channels), keys)
+            values = np.asarray(layer.rotated(jnp.asarray(values)))
             for row, place in np.argwhere(tokens >= 0):
                 assert start + place < int(region.used)
                 assert (row, tokens[row, place]) not in found

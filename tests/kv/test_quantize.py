@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kivi_jax import kv
+from kivi_jax.kv.quantize import BoostedKeys, dequantize_boosted_keys, quantize_boosted_keys
 from tests.further import further
 from tools.oracle.numpy_kivi import fake_quantize
 
@@ -80,6 +81,45 @@ def test_values_in_the_packed_layout(bits, head_dim, group_size, dtype):
     np.testing.assert_array_equal(np.asarray(zero, np.float32), groups.min(-1).swapaxes(-1, -2))
     spread = (np.repeat(np.asarray(a).swapaxes(-1, -2), group_size, axis=-1) for a in (scale, zero))
     np.testing.assert_array_equal(codes, direct_words(direct_codes(x, *spread, bits), bits))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("head_dim", "boosted", "block"), [(128, 32, 128), (64, 16, 128), (96, 24, 32)])
+def test_boosted_keys_in_the_packed_layout(head_dim, boosted, block, dtype):
+    """All codes as the definition has them, of 4 bits in the first channels; their lower halves word by word."""
+    x = random((2, 3, 2 * block, head_dim), dtype)
+    codes, scale, zero, low = jax.jit(quantize_boosted_keys, static_argnums=(1, 2, 3))(x, boosted, 32, block)
+    fine, coarse = (quantize_keys(x, bits, 32) for bits in (4, 2))
+    np.testing.assert_array_equal(zero, coarse.zero)
+    np.testing.assert_array_equal(scale[..., boosted:], coarse.scale[..., boosted:])
+    np.testing.assert_array_equal(scale[..., :boosted], 4 * fine.scale[..., :boosted])
+    spread = np.repeat(scale, 32, axis=2), np.repeat(zero, 32, axis=2)
+    expected = direct_codes(x, *spread, 2)
+    of_boosted = (np.asarray(array, np.float32)[..., :boosted] for array in (x, spread[0], spread[1]))
+    values, steps, zeros = of_boosted
+    whole = direct_codes(values, steps / 4, zeros, 4)
+    expected[..., :boosted] = whole // 4
+    words = direct_words(expected, 2)
+    if head_dim == 64:
+        words = np.concatenate([words[..., ::2, :], words[..., 1::2, :]], axis=-1)
+    np.testing.assert_array_equal(codes, words)
+
+    rows = block // 16
+    assert low.shape == (2, 3, rows, 2 * boosted)
+    low_words = direct_words(whole % 4, 2)
+    for block_number in range(2):
+        of_block = low_words[..., block_number * rows : (block_number + 1) * rows, :]
+        if head_dim == 64:
+            of_block = np.concatenate([of_block[..., ::2, :], of_block[..., 1::2, :]], axis=-2)
+        stored = low[..., block_number * boosted : (block_number + 1) * boosted]
+        np.testing.assert_array_equal(stored, of_block)
+
+    coarse_part, more = dequantize_boosted_keys(BoostedKeys(codes, scale, zero, low), 32, block)
+    decoded = np.asarray(coarse_part).copy()
+    decoded[..., :boosted] += more
+    expected_values = np.array(dequantize_keys(coarse, 2, 32))
+    expected_values[..., :boosted] = dequantize_keys(fine, 4, 32)[..., :boosted]
+    np.testing.assert_allclose(decoded, expected_values, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
