@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from kivi_jax.kv.quantized import QuantizedLayer
-from kivi_jax.pallas_kernels.tpu_registers import LANES
+from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
 
 HEAD_DIMS = (64, 128, 256)
 GROUP_SIZES = (32, 64, 128)
@@ -48,6 +48,16 @@ def ring_on_lanes(residual: int, head_dim: int) -> bool:
     """Whether XLA stores a ring's tokens along the lanes: where its channels would leave more of them empty."""
     across = -(-residual // LANES) * LANES * head_dim
     return across < residual * -(-head_dim // LANES) * LANES
+
+
+def heads_beside(heads: int, kv_heads: int) -> int:
+    """KV heads whose scales of values a grid step of `heads` of `kv_heads` gets, where each has one channel group.
+
+    XLA then stores heads, not groups, as the rows of tiles, so blocks are whole tiles, or all of the heads.
+    """
+    if heads % SUBLANES == 0:
+        return heads
+    return SUBLANES if SUBLANES % heads == 0 and kv_heads > SUBLANES else kv_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +110,9 @@ def stored(
         layer: the layer.
         keys, values: how codes lie in words.
         block: packed tokens of which a grid step gets codes, scales and zeros. It has its row's other arrays whole.
-        heads: KV heads that it gets; None for one, without an axis of its own.
+        heads: KV heads that it gets; None for one, without an axis of its own. If each has one channel group, it gets
+            scales and zeros of values of `heads_beside` heads in rows; those of the first one are in the row of its
+            number modulo theirs.
         place: of a grid step, the row, the block of KV heads and the block of packed tokens.
     """
     config, head_dim = layer.config, layer.window_k.shape[3]
@@ -121,15 +133,26 @@ def stored(
             return window.swapaxes(2, 3), spec(None, head_dim, config.residual_length)
         return window, spec(None, config.residual_length, head_dim)
 
+    def of_values(scales: Array) -> tuple[Array, pl.BlockSpec]:
+        groups, count = scales.shape[2], heads or 1
+        if groups > 1:
+            return scales, spec(3, block, groups)
+        beside = heads_beside(count, layer.num_kv_heads)
+
+        def index(*step: Any) -> tuple[Any, ...]:
+            row, of_heads, number = place(*step)
+            return row, of_heads * count // beside, number
+
+        return scales.squeeze(2), pl.BlockSpec((None, beside, block), index)
+
     key_scales = spec(2, block // config.group_size, head_dim)
-    value_scales = spec(3, block, head_dim // config.group_size)
     inputs = {
         "k_codes": (layer.k_codes, spec(2, block // keys.tokens * keys.word_rows, keys.lanes)),
         "k_scale": (layer.k_scale, key_scales),
         "k_zero": (layer.k_zero, key_scales),
         "v_codes": (layer.v_codes, spec(2, block // values.tokens * values.word_rows, values.lanes)),
-        "v_scale": (layer.v_scale, value_scales),
-        "v_zero": (layer.v_zero, value_scales),
+        "v_scale": of_values(layer.v_scale),
+        "v_zero": of_values(layer.v_zero),
         "window_k": ring(layer.window_k),
         "window_v": ring(layer.window_v),
     }

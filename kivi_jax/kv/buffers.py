@@ -111,14 +111,18 @@ def row_major(buffer: Array) -> Array:
 
     XLA would otherwise lay it out like what is written into it, and copy all of it where it enters or leaves a loop: at
     a program's borders a GPU's arrays are in the order of their axes, and a TPU's that fill whole tiles, and those of
-    few rows, which are the values' scales. A TPU's others are left to XLA.
+    few rows, which are the values' scales. If it is one row, a TPU's tiles have heads as rows instead, which are the
+    axis before. A TPU's others are left to XLA.
     """
     *_, rows, lanes = buffer.shape
-    fills_tiles = rows <= TILE_ROWS or not (rows % TILE_ROWS or lanes % TILE_LANES)
+    if rows == 1:
+        on_tpu = _with_heads_as_rows
+    elif rows <= TILE_ROWS or not (rows % TILE_ROWS or lanes % TILE_LANES):
+        on_tpu = _in_order_of_axes
+    else:
+        on_tpu = _as_it_is
     # On CPUs it is of no use, and not safe: the layout of a program's result came out as another than told.
-    return jax.lax.platform_dependent(
-        buffer, tpu=_in_order_of_axes if fills_tiles else _as_it_is, cuda=_in_order_of_axes, default=_as_it_is
-    )
+    return jax.lax.platform_dependent(buffer, tpu=on_tpu, cuda=_in_order_of_axes, default=_as_it_is)
 
 
 def _as_it_is(buffer: Array) -> Array:
@@ -127,6 +131,11 @@ def _as_it_is(buffer: Array) -> Array:
 
 def _in_order_of_axes(buffer: Array) -> Array:
     return with_layout_constraint(buffer, Layout(tuple(range(buffer.ndim))))
+
+
+def _with_heads_as_rows(buffer: Array) -> Array:
+    *before, heads, row, lanes = range(buffer.ndim)
+    return with_layout_constraint(buffer, Layout((*before, row, heads, lanes)))
 
 
 def write_block_of_rows(

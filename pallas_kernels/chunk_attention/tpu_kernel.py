@@ -49,12 +49,13 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
 
 def step(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> None:
     """One grid step: a block of new tokens and one of packed tokens, for a block of queries of a row and a KV head."""
-    rows, queries, new, packed, lengths, counts, _ = refs[:7]
+    rows, queries, new, packed, lengths, counts, first_head = refs[:7]
     number = pl.program_id(1)
     row, query = rows[number], queries[number]
     call = _Step(
         plan,
         dict(zip(names, refs[7:], strict=True)),
+        first_head[0] + pl.program_id(0),
         lengths[row],
         counts[row],
         query * plan.query_tokens,
@@ -82,12 +83,21 @@ def step(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> Non
 
 
 class _Step:
-    """Attends with the queries of new tokens from `first` on, of a row with `length` stored and `count` new tokens."""
+    """Attends with the queries of new tokens from `first` on, of KV head `head` of a row with `length` stored and
+    `count` new tokens.
+    """
 
     def __init__(
-        self, plan: Plan, refs: dict[str, Any], length: Array, count: Array, first: Array, interpret: bool
+        self,
+        plan: Plan,
+        refs: dict[str, Any],
+        head: Array,
+        length: Array,
+        count: Array,
+        first: Array,
+        interpret: bool,
     ):
-        self.plan, self.refs, self.interpret = plan, refs, interpret
+        self.plan, self.refs, self.head, self.interpret = plan, refs, head, interpret
         self.length, self.count, self.first = length, count, first
 
     def begin(self) -> None:
@@ -155,7 +165,7 @@ class _Step:
         """Attends the packed tokens of a block."""
         plan = self.plan
         used = jnp.clip(self.length - plan.residual, 0, plan.capacity) - block * plan.block
-        packed = PackedBlock(plan, self.refs, used, self.interpret)
+        packed = PackedBlock(plan, self.refs, self.head, used, self.interpret)
         packed.prepare()
 
         spans = jax.lax.div(jnp.minimum(used, plan.block) + (plan.span - 1), plan.span)

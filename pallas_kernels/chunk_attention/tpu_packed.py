@@ -43,7 +43,11 @@ def packed_buffers(plan: Plan) -> dict[str, Any]:
 
     registers = -(-tiles * _scale_columns(plan) // LANES)
     words = plan.span // plan.halves // 2, plan.lanes
-    return {
+    beside = {}
+    if plan.channel_groups == 1:
+        # Of scales or zeros of values, those of the heads in the rows of a block.
+        beside["value_heads"] = buffer(plan.beside, plan.block)
+    return beside | {
         # For each row of a tile's registers: scale, zero of tokens in low halves of words, and of those in high ones.
         "key_scales": buffer(3, plan.columns, tiles * SUBLANES, LANES),
         # Scales and zeros with tokens on the lanes; then as the matrix unit transposes them, both in a word.
@@ -63,10 +67,10 @@ def decoded(ref: Any) -> BFloat16[Array, "tokens lanes"]:
 
 
 class PackedBlock:
-    """Decodes the packed tokens of one grid step, of which the first `used` places are in use."""
+    """Decodes the packed tokens of a KV head in one grid step, of which the first `used` places are in use."""
 
-    def __init__(self, plan: Plan, refs: dict[str, Any], used: Array, interpret: bool):
-        self.plan, self.refs, self.used, self.interpret = plan, refs, used, interpret
+    def __init__(self, plan: Plan, refs: dict[str, Any], head: Array, used: Array, interpret: bool):
+        self.plan, self.refs, self.head, self.used, self.interpret = plan, refs, head, used, interpret
 
     def prepare(self) -> None:
         """Stores scales and zeros of the block as `decode` needs them."""
@@ -113,6 +117,9 @@ class PackedBlock:
         tokens, groups = plan.order.tokens, plan.channel_groups
         for i, name in enumerate(("v_scale", "v_zero")):
             x = refs[name][...].astype(jnp.float32)
+            if groups == 1:  # rows are heads; a single one of 16-bit numbers can't be read
+                refs["value_heads"][...] = x
+                x = refs["value_heads"][pl.ds(self.head % plan.beside, 1)]
             # Places past the last token may hold anything, even NaN.
             place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
             x = jnp.where(place < self.used, x, 0)

@@ -5,7 +5,7 @@ import math
 
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.chunk_attention.tpu_tiles import Tiles
-from kivi_jax.pallas_kernels.tpu_layers import ring_on_lanes, vmem_bytes
+from kivi_jax.pallas_kernels.tpu_layers import heads_beside, ring_on_lanes, vmem_bytes
 from kivi_jax.pallas_kernels.tpu_registers import LANES, ROWS_16_BIT, SUBLANES
 
 LOG2_E = math.log2(math.e)
@@ -32,6 +32,7 @@ class Plan:
     Attributes:
         keys, values: the packed tiles.
         order: tiles in the order in which tokens are decoded: that of codes of 2 bits, whatever the bits.
+        beside: KV heads in a block of scales of values, if each has one channel group (see `tpu_layers`).
         shared: query heads of a KV head. A row is a query: those of a token follow each other.
         query_blocks: blocks of new tokens whose queries are attended in one go.
         query_tokens: new tokens in such a block.
@@ -48,6 +49,7 @@ class Plan:
     keys: Tiles
     values: Tiles
     order: Tiles
+    beside: int
     shared: int
     query_blocks: int
     query_tokens: int
@@ -136,6 +138,7 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
         keys=keys,
         values=values,
         order=order,
+        beside=heads_beside(1, layer.num_kv_heads),
         shared=shared,
         query_blocks=query_blocks,
         query_tokens=query_tokens,

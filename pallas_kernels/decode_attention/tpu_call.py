@@ -20,6 +20,7 @@ class Call:
     Attributes:
         plan: everything static.
         refs: blocks of the inputs and of the output, and scratch, by their names.
+        first: the first KV head.
         length: of the row.
         block: number of the block within the row.
         interpret: whether Pallas interprets the kernel.
@@ -27,6 +28,7 @@ class Call:
 
     plan: Plan
     refs: dict[str, Any]
+    first: Array
     length: Array
     block: Array
     interpret: bool

@@ -43,13 +43,16 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
     def of_unit(*shape: int, dtype: Any = jnp.float32) -> Any:
         return buffer(plan.unroll, *shape, dtype=dtype)
 
-    pieces = {}
+    of_some = {}
     if isinstance(plan.keys, Float8Tiles):
         count = plan.sets * plan.keys.halves * SPAN_GROUPS // SUBLANES
-        pieces["key_pieces"] = of_unit(count, plan.keys.columns, ROWS_8_BIT)
+        of_some["key_pieces"] = of_unit(count, plan.keys.columns, ROWS_8_BIT)
     if isinstance(plan.values, Float8Tiles):
-        pieces["value_pieces"] = of_unit(plan.sets * plan.pairs * columns, 1, ROWS_8_BIT)
-    return pieces | {
+        of_some["value_pieces"] = of_unit(plan.sets * plan.pairs * columns, 1, ROWS_8_BIT)
+    if groups == 1:
+        # Scales and zeros of values in a word, for the heads in its rows.
+        of_some["value_words"] = pltpu.VMEM((plan.beside, plan.block), jnp.int32)
+    return of_some | {
         # Of the rows of a set, the second half repeats the first.
         "maximum": buffer(plan.heads, plan.rows),
         # Every lane holds a part of the sum, and so does each half of the rows.
@@ -81,11 +84,12 @@ def scratch_buffers(plan: Plan) -> dict[str, Any]:
 
 def step(*refs: Any, plan: Plan, names: tuple[str, ...], interpret: bool) -> None:
     """One grid step: a block of packed tokens of a row, for some KV heads."""
-    rows_ref, blocks_ref, lengths_ref, _ = refs[:4]
+    rows_ref, blocks_ref, lengths_ref, first_ref = refs[:4]
     number = pl.program_id(1)
+    first = (first_ref[0] + pl.program_id(0)) * plan.heads
     length = lengths_ref[rows_ref[number]]
     block = blocks_ref[number]
-    call = Call(plan, dict(zip(names, refs[4:], strict=True)), length, block, interpret)
+    call = Call(plan, dict(zip(names, refs[4:], strict=True)), first, length, block, interpret)
 
     @pl.when(block == 0)
     def start() -> None:
@@ -136,6 +140,8 @@ def attend_spans(call: Call, spans: Array) -> None:
                 tpu_keys.prepare_middles(call, *of_head)
 
     for_heads(plan, functools.partial(tpu_keys.prepare_queries, call))
+    if plan.channel_groups == 1:
+        tpu_values.prepare_heads(call)
     for of_head in unit(jnp.int32(0)):
         tpu_keys.prepare_middles(call, *of_head)
     jax.lax.fori_loop(0, last + 3, body, None)

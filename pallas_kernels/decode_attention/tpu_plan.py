@@ -10,7 +10,7 @@ from jaxtyping import Int32
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
 from kivi_jax.pallas_kernels.decode_attention.tpu_float8 import Float8Tiles
-from kivi_jax.pallas_kernels.tpu_layers import ring_on_lanes, vmem_bytes
+from kivi_jax.pallas_kernels.tpu_layers import heads_beside, ring_on_lanes, vmem_bytes
 from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
 
 LOG2_E = math.log2(math.e)
@@ -50,6 +50,7 @@ class Plan:
         wide: whether a matrix unit takes the keys of two tiles at once.
         span: tokens of each head in a pass of the main loop.
         heads: KV heads in a grid step.
+        beside: KV heads in a block of scales of values, if each has one channel group (see `tpu_layers`).
         unroll: KV heads in a pass of the main loop, so that one's latencies hide behind another's work.
         interleaved: heads that a pass takes through one stage of the pipeline before the next.
         block: tokens of a row in a grid step.
@@ -65,6 +66,7 @@ class Plan:
     wide: bool
     span: int
     heads: int
+    beside: int
     unroll: int
     interleaved: int
     block: int
@@ -176,6 +178,7 @@ def make_plan(layer: QuantizedLayer, shared: int, kv_heads: int, alibi: bool) ->
         wide=generation >= 6,
         span=span,
         heads=heads,
+        beside=heads_beside(heads, layer.num_kv_heads),
         unroll=unroll,
         interleaved=4 if generation >= 6 else unroll,
         block=span * spans,

@@ -47,6 +47,14 @@ def begin(call: Call, head: Array, number: int, weighted: Array) -> None:
             refs["weighted"].at[column, head, number][of_query] = lanes
 
 
+def prepare_heads(call: Call) -> None:
+    """Where a head is one channel group, stores words of scales and zeros of all heads in the block: a head's row of
+    words can be read, but not a row of 16-bit numbers, two of which share words.
+    """
+    scale, zero = (call.refs[name][...].astype(jnp.float32) for name in ("v_scale", "v_zero"))
+    call.refs["value_words"][...] = pack_rows(scale, zero, call.interpret)
+
+
 def prepare(call: Call, u: int, head: Array, span: Array) -> None:
     """Stores a span's scales, as large as fixed point allows, and scales and zeros as they are, in the tiles' order."""
     plan, refs, groups = call.plan, call.refs, call.plan.channel_groups
@@ -83,8 +91,11 @@ def _scales_and_zeros(call: Call, head: Array, span: Array) -> list[Array]:
     """
     plan, values, groups = call.plan, call.plan.values, call.plan.channel_groups
     lanes = pl.ds(pl.multiple_of(span * plan.span, plan.span), plan.span)
-    scale, zero = (call.refs[name][head, :, lanes].astype(jnp.float32) for name in ("v_scale", "v_zero"))
-    words = pack_rows(scale, zero, call.interpret)
+    if groups == 1:
+        words = call.refs["value_words"][pl.ds(call.first % plan.beside + head, 1), lanes]
+    else:
+        scale, zero = (call.refs[name][head, :, lanes].astype(jnp.float32) for name in ("v_scale", "v_zero"))
+        words = pack_rows(scale, zero, call.interpret)
     tiles = [words[:, i : i + values.tokens] for i in range(0, plan.span, values.tokens)]
     ordered = take_ordered(jnp.concatenate(tiles, axis=0), values.token_of_lane)
     row = jax.lax.broadcasted_iota(jnp.int32, (2 * groups, LANES), 0)

@@ -140,10 +140,12 @@ def prefill(
     return Program(name, start, (params, tokens, lengths, rows))
 
 
-def loop_state(model_type: str, config: dict[str, Any], kv: str, batch: int, capacity: int) -> KVState:
+def loop_state(
+    model_type: str, config: dict[str, Any], kv: str | dict[str, int], batch: int, capacity: int
+) -> KVState:
     """The state of such a loop, of abstract arrays."""
     params = abstract_params(model_type, read_config(model_type, config))
-    return jax.eval_shape(lambda: kivi_jax.init_state(params, batch, capacity, kv))
+    return jax.eval_shape(lambda: kivi_jax.init_state(params, batch, capacity, read_kv(kv)))
 
 
 def read_config(model_type: str, fields: dict[str, Any]) -> Config:

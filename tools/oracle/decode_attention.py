@@ -80,12 +80,12 @@ def check(
     compare(out, expected, [f"row of {length} tokens" for length in lengths], nmse, rounded)
 
 
-def check_some_kv_heads(decode_attention: Callable, config):
-    """`decode_attention` of the queries of 2 KV heads out of 8, as a device of a mesh that holds all KV heads does."""
-    layer, state = stored(config, 8, 128, [0, 300, 129], 400)
+def check_some_kv_heads(decode_attention: Callable, config, kv_heads=8):
+    """`decode_attention` of the queries of 2 KV heads out of all, as a device of a mesh that holds all of them does."""
+    layer, state = stored(config, kv_heads, 128, [0, 300, 129], 400)
     generator = np.random.default_rng(1)
-    q = jnp.asarray(generator.standard_normal((3, 16, 128)), jnp.bfloat16)
-    k, v = jnp.asarray(generator.standard_normal((2, 3, 8, 128)), jnp.bfloat16)
+    q = jnp.asarray(generator.standard_normal((3, 2 * kv_heads, 128)), jnp.bfloat16)
+    k, v = jnp.asarray(generator.standard_normal((2, 3, kv_heads, 128)), jnp.bfloat16)
     expected = oracle(q, k, v, state)
 
     @jax.jit
@@ -93,7 +93,7 @@ def check_some_kv_heads(decode_attention: Callable, config):
         heads = Heads(kv_heads=2, first_kv_head=first)
         return decode_attention(q[:, None], k[:, None], v[:, None], layer, state.lengths, heads)[:, 0]
 
-    for first in (0, 2, 6):
+    for first in (0, 2, kv_heads - 2):
         heads = slice(2 * first, 2 * first + 4)
         names = [f"row {row}, KV heads from {first} on" for row in range(3)]
         compare(attend(q[:, heads], first), expected[:, heads], names, NMSE)

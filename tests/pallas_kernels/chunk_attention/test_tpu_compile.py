@@ -33,6 +33,8 @@ KERNELS = {
     "kivi-k4v2": (Attention(32, 8, 128, 4, 2), 64),
     "kivi4-64": (Attention(32, 8, 64, 4, 4), 64),
     "groups-of-64": (Attention(32, 8, 128, group_size=64), 64),
+    "groups-of-64-in-64": (Attention(32, 8, 64, group_size=64), 64),
+    "groups-of-128": (Attention(32, 32, 128, group_size=128), 300),
     "ring-of-32-in-64": (Attention(32, 8, 64, residual_length=32), 64),
     "ring-of-256-in-64": (Attention(32, 8, 64, residual_length=256), 64),
     "ring-of-160": (Attention(32, 8, 128, residual_length=160, capacity=2560), 64),
@@ -45,7 +47,15 @@ KERNELS = {
 KNOWN_COPIES = {"falcon-token": {"k_scale", "k_zero"}}
 # The other chips get what differs in layout or arithmetic.
 ALL = "v5e"
-KERNELS_ELSEWHERE = ("llama-3", "falcon", "falcon-token", "head_dim-256", "kivi-k4v2", "window-sinks")
+KERNELS_ELSEWHERE = (
+    "llama-3",
+    "falcon",
+    "falcon-token",
+    "head_dim-256",
+    "kivi-k4v2",
+    "groups-of-64-in-64",
+    "window-sinks",
+)
 
 
 @functools.cache

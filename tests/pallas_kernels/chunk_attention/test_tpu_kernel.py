@@ -129,9 +129,18 @@ def test_position_biases_in_a_window():
 
 
 @pytest.mark.interpreted
-def test_queries_of_some_kv_heads():
+@pytest.mark.parametrize(("query_heads", "heads"), [(9, 1), (12, 12)])
+def test_heads_of_one_channel_group(query_heads, heads):
+    """Whose scales of values come with those of the heads beside them."""
+    config = KVConfig(2, 2, group_size=64)
+    check(config, query_heads, heads, 64, [0, 129, 1200], [7, 3, 5], capacity=1300)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("config", [KIVI2, KVConfig(2, 2, group_size=128)], ids=str)
+def test_queries_of_some_kv_heads(config):
     """Of 2 KV heads out of 8, as a device of a mesh that holds all KV heads does."""
-    layer, state = stored(KIVI2, 8, 128, [0, 300, 129], 400)
+    layer, state = stored(config, 8, 128, [0, 300, 129], 400)
     generator = np.random.default_rng(1)
     counts = [5, 9, 0]
     q = jnp.asarray(generator.standard_normal((3, 9, 16, 128)), jnp.bfloat16)

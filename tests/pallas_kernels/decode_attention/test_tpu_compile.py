@@ -45,6 +45,9 @@ KERNELS = {
     "groups-of-64": Attention(32, 8, 128, group_size=64),
     "groups-of-128": Attention(32, 8, 128, group_size=128),
     "groups-of-64-in-64": Attention(32, 8, 64, group_size=64),
+    "groups-of-64-in-64-of-32": Attention(32, 32, 64, group_size=64),
+    "groups-of-64-in-64-of-2": Attention(14, 2, 64, group_size=64),
+    "groups-of-64-in-64-of-12": Attention(12, 12, 64, group_size=64),
     "groups-of-128-in-256": Attention(8, 4, 256, 4, 4, group_size=128),
     "ring-of-32": Attention(32, 8, 128, residual_length=32),
     "ring-of-96": Attention(32, 8, 128, residual_length=96),
@@ -58,11 +61,12 @@ KERNELS = {
 }
 
 # What is copied for the kernel all the same, or once for a whole loop, as XLA stores arrays with fewer than 128 lanes,
-# or with rows that don't fill tiles, in another order of axes than a kernel takes.
+# or with rows or heads that don't fill tiles, in another order of axes than a kernel takes.
 KNOWN_COPIES: dict[str, set[str]] = {
     "llama-64": {"k_scale", "k_zero"},
-    "groups-of-64-in-64": {"v_scale", "v_zero"},
-    "groups-of-128": {"v_scale", "v_zero"},
+    "llama-64-groups-of-64": {"k_scale", "k_zero"},
+    "llama-64-groups-of-64-of-12": {"k_scale", "k_zero", "v_scale", "v_zero"},
+    "groups-of-64-in-64-of-12": {"v_scale", "v_zero"},
     "ring-of-96": {"k_codes", "v_codes", "k_scale", "k_zero"},
 }
 
@@ -79,6 +83,21 @@ SHAPE = {
 LOOPS = {
     "llama": {"model_type": "llama", "config": SHAPE, "kv": "kivi2"},
     "llama-64": {"model_type": "llama", "config": SHAPE | {"head_dim": 64}, "kv": "kivi2"},
+    "llama-64-groups-of-64": {
+        "model_type": "llama",
+        "config": SHAPE | {"head_dim": 64},
+        "kv": {"key_bits": 2, "value_bits": 2, "group_size": 64},
+    },
+    "llama-64-groups-of-64-of-12": {
+        "model_type": "llama",
+        "config": SHAPE | {"head_dim": 64, "num_heads": 12, "num_kv_heads": 12},
+        "kv": {"key_bits": 2, "value_bits": 2, "group_size": 64},
+    },
+    "llama-groups-of-128": {
+        "model_type": "llama",
+        "config": SHAPE,
+        "kv": {"key_bits": 2, "value_bits": 2, "group_size": 128},
+    },
     "llama-sinks": {"model_type": "llama", "config": SHAPE, "kv": "kivi2-sinks"},
     "mistral-window": {
         "model_type": "mistral",
@@ -93,7 +112,7 @@ LOOPS = {
 }
 # The other chips get what differs in layout or arithmetic, as every program takes most of a second.
 ALL = "v5e"
-KERNELS_ELSEWHERE = ("llama-3", "falcon", "head_dim-256", "kivi-k4v2", "window-sinks")
+KERNELS_ELSEWHERE = ("llama-3", "falcon", "head_dim-256", "kivi-k4v2", "groups-of-64-in-64", "window-sinks")
 LOOPS_ELSEWHERE = ("llama",)
 # So many that XLA cannot fetch the state into faster memory as a whole.
 LOOP_ROWS, LOOP_CAPACITY = 16, 16384

@@ -144,6 +144,21 @@ def test_queries_of_some_kv_heads():
 
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize("kv_heads", [8, 16])
+def test_queries_of_some_heads_of_one_channel_group(kv_heads):
+    """Whose scales of values come with those of the heads beside them."""
+    check_some_kv_heads(decode_attention, KVConfig(2, 2, group_size=128, residual_length=128), kv_heads)
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize(("query_heads", "heads"), [(5, 1), (12, 12)])
+def test_heads_of_one_channel_group(query_heads, heads):
+    check(KVConfig(2, 2, group_size=64), query_heads, heads, 64, [0, 129, 1151, 1380], capacity=1400)
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("one_head_at_a_time")
 def test_places_without_tokens_may_hold_anything():
     """Scales beyond a row's tokens are not numbers here, and codes any."""
     layer, state = stored(KIVI2, 2, 128, [200, 500], 600)
