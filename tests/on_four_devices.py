@@ -31,6 +31,7 @@ MODEL = Mesh(jax.devices(), ("model",))
 BOTH = Mesh(np.reshape(jax.devices(), (2, 2)), ("data", "model"))
 DATA = Mesh(np.reshape(jax.devices(), (4, 1)), ("data", "model"))
 WINDOW = KVConfig(2, 2, 32, 32)
+PLUS = KVConfig(2, 2, 32, 32, sink_tokens=4, boosted_channels=0.25, rotated_values=True)
 
 
 SIZES = {"vocab_size": 104, "hidden_size": 64, "intermediate_size": 96, "num_layers": 1, "max_positions": 512}
@@ -132,13 +133,30 @@ def test_what_is_split(heads, mesh, batch, split):
     ids=name,
 )
 def test_equals_one_device(family, mesh, batch, part):
+    check_equals_one_device(family, mesh, batch, part, WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "batch", "part"),
+    [
+        (llama(8, 4), BOTH, 4, 1 / 4),
+        (llama(8, 2), MODEL, 2, 1),  # devices whose query heads read the same KV head
+        further(falcon(5, 1), MODEL, 2, 1),
+    ],
+    ids=name,
+)
+def test_boosted_channels_are_those_of_one_device(family, mesh, batch, part):
+    check_equals_one_device(family, mesh, batch, part, PLUS)
+
+
+def check_equals_one_device(family, mesh, batch, part, kv):
     """One layer, whose keys and values no sum over devices comes before, so that the codes are the same."""
     lengths = [29, 60, 1, 33][:batch]
-    logits, state = run(random_params(family, mesh=mesh), WINDOW, lengths)
-    expected, alone = run(random_params(family), WINDOW, lengths)
+    logits, state = run(random_params(family, mesh=mesh), kv, lengths)
+    expected, alone = run(random_params(family), kv, lengths)
     np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
     for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(leaf, other, atol=2e-5)
+        np.testing.assert_allclose(leaf, other, atol=2e-5, rtol=1e-6)
     for device in mesh.devices.flat:
         held = sum(
             shard.data.nbytes

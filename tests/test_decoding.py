@@ -193,7 +193,9 @@ def test_chunk_of_no_tokens_changes_nothing(tiny, kv):
         np.testing.assert_array_equal(old[0], new[0])
 
 
-@pytest.mark.parametrize("kv", ["bf16", KVConfig(2, 2, 32, 32, sink_tokens=8)], ids=str)
+@pytest.mark.parametrize(
+    "kv", ["bf16", KVConfig(2, 2, 32, 32, sink_tokens=8, boosted_channels=0.25)], ids=str
+)
 def test_a_state_that_was_given_no_numbers_serves_again(tiny, kv):
     """What overflows leaves nothing behind that a later prompt would attend."""
     tokens, lengths = ragged_prompts([120, 120])
@@ -298,7 +300,7 @@ def test_row_does_not_depend_on_its_neighbours(tiny, kv):
         assert_same_row(row_of(together, row), alone, length)
 
 
-@pytest.mark.parametrize("kv", ["bf16", KVConfig(2, 2, 32, 32)], ids=str)
+@pytest.mark.parametrize("kv", ["bf16", KVConfig(2, 2, 32, 32, boosted_channels=0.25)], ids=str)
 @pytest.mark.usefixtures("optimized")
 def test_row_is_the_same_bit_for_bit_beside_others(tiny, kv):
     """In a batch of the same shape, with neighbours of other tokens and lengths."""
@@ -357,7 +359,7 @@ def test_step_takes_one_token_a_row(tiny, shape, monkeypatch):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("kv", ["kivi2", further("bf16")])
+@pytest.mark.parametrize("kv", ["kivi2", "kivi2-plus", further("bf16")])
 def test_decode_loop_updates_the_state_in_place(kv):
     """Llama 3.2 1B in shape: temporaries are a small part of the state, and all of the state is aliased."""
     shape = MODELS["llama-3.2-1b"]

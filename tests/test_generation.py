@@ -48,7 +48,15 @@ def step_by_step_logprobs(params, prompt, kv, tokens):
 
 
 @pytest.mark.parametrize(
-    "kv", ["bf16", further("kivi4"), further("kivi-k4v2"), KVConfig(2, 2, 32, 32)], ids=str
+    "kv",
+    [
+        "bf16",
+        further("kivi4"),
+        further("kivi-k4v2"),
+        KVConfig(2, 2, 32, 32),
+        KVConfig(2, 2, 32, 32, boosted_channels=0.25, rotated_values=True),
+    ],
+    ids=str,
 )
 def test_batch_equals_each_row_alone_step_by_step(tiny, kv):
     completions = kivi_jax.generate(tiny, PROMPTS, kv, max_new_tokens=40)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 import kivi_jax
-from kivi_jax.kv import dequantize_keys, dequantize_values, quantize_keys, quantize_values
+from kivi_jax.kv import KVConfig, dequantize_keys, dequantize_values, quantize_keys, quantize_values
 from kivi_jax.model import Params
 from kivi_jax.request import GenerationSettings
 from kivi_jax.sampling import make_sampling
@@ -25,7 +25,9 @@ def strict_modes():
         yield
 
 
-@pytest.mark.parametrize("kv", ["bf16", "kivi2-sinks"])
+@pytest.mark.parametrize(
+    "kv", ["bf16", KVConfig(2, 2, sink_tokens=32, boosted_channels=0.25, rotated_values=True)], ids=str
+)
 def test_generating(tiny, kv):
     prompts = [[*range(1, 100)] * 2, [8]]
     expected = kivi_jax.generate(tiny, prompts, kv, **SETTINGS)

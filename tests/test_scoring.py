@@ -33,7 +33,8 @@ FURTHER = [
     "falcon_7b",
     "falcon_40b",
 ]
-CONFIGS = ["bf16", SHORT, SINKS, further(MIXED), further("kivi2"), further("kivi2-sinks")]
+PLUS = KVConfig(2, 2, 16, 32, sink_tokens=3, boosted_channels=0.25, rotated_values=True)
+CONFIGS = ["bf16", SHORT, SINKS, PLUS, further(MIXED), further("kivi2"), further("kivi2-sinks")]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_equals_decoding_token_by_token(name, config):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("config", [SHORT, SINKS, "kivi2-sinks"], ids=str)
+@pytest.mark.parametrize("config", [SHORT, SINKS, PLUS, "kivi2-sinks"], ids=str)
 @pytest.mark.parametrize("name", FURTHER)
 def test_further_families_equal_decoding(name, config):
     check_equals_decoding(name, config)
@@ -87,7 +88,7 @@ def check_equals_decoding(name, config):
         np.testing.assert_allclose(found.logprobs, expected, rtol=5e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [SHORT, KVConfig(4, 2, 16, 32, sink_tokens=20)], ids=str)
+@pytest.mark.parametrize("config", [SHORT, KVConfig(4, 2, 16, 32, sink_tokens=20), PLUS], ids=str)
 def test_follows_the_original_rules(tmp_path, config):
     """A KIVI in NumPy, which shares no code with the library."""
     tensors = random_tensors(TINY)

@@ -27,8 +27,8 @@ class KVConfig:
         boosted_channels: the share of key channels that have 4 bits instead of `key_bits`, which must be 2: those that
             would lose most. They are chosen for each row and KV head when its first `residual_length` tokens are
             quantized, by their range and the queries there.
-        rotated_values: whether values are stored rotated by a Hadamard matrix, which spreads what sits in few channels.
-            What attention gives is rotated back.
+        rotated_values: whether values are stored rotated by a Hadamard matrix, which spreads what sits in few channels,
+            and with scales and zeros by least squares. What attention gives is rotated back.
 
     Raises:
         ValueError: the fields do not fit together.

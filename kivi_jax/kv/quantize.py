@@ -120,6 +120,27 @@ def quantize_values(x: Float[Array, "*batch T D"], bits: int, group_size: int) -
 
 
 @with_usual_promotion
+def quantize_values_fitted(x: Float[Array, "*batch T D"], bits: int, group_size: int) -> Quantized:
+    """`quantize_values` with scale and zero by least squares to those codes, and codes by these in turn.
+
+    Of values that lie around a mean as normal ones do, what lies between loses less than the ends gain. Not for keys:
+    the few largest are what attention is about.
+
+    Raises:
+        ValueError: as `quantize_values`.
+    """
+    *batch, length, head_dim = x.shape
+    _check_lengths(bits, head_dim, group_size, "channels")
+    groups = x.reshape(*batch, length, head_dim // group_size, group_size)
+    codes, scale, zero = _fit_groups(groups, bits)
+    return Quantized(
+        _pack(codes.reshape(x.shape), bits),
+        scale.squeeze(-1).swapaxes(-1, -2),
+        zero.squeeze(-1).swapaxes(-1, -2),
+    )
+
+
+@with_usual_promotion
 def dequantize_keys(quantized: Quantized, bits: int, group_size: int) -> Float[Array, "*batch T D"]:
     """Undoes `quantize_keys` up to half a scale per value; float32."""
     codes = _unpack(quantized.codes, bits, quantized.scale.shape[-1]) + 2 ** (bits - 1)
@@ -218,10 +239,29 @@ def _quantize_groups(
     # Not a constant to the compiler: by its reciprocal XLA would multiply, which is off in the last bit.
     steps = jnp.where(span == span, jnp.float32(largest_code), span)
     scale = (span / steps).astype(groups.dtype)
+    return _encode(exact, scale, zero, largest_code), scale, zero.astype(groups.dtype)
+
+
+def _fit_groups(
+    groups: Float[Array, "..."], bits: int
+) -> tuple[Int32[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
+    """`_quantize_groups` along the last axis, with the scale and zero whose decoded codes are nearest."""
+    codes, _, _ = _quantize_groups(groups, bits, axis=-1)
+    exact = groups.astype(jnp.float32)
+    means = [x.mean(-1, keepdims=True) for x in (codes.astype(jnp.float32), exact)]
+    steps, offsets = codes - means[0], exact - means[1]
+    squares = jnp.sum(steps * steps, axis=-1, keepdims=True)
+    slope = jnp.sum(steps * offsets, axis=-1, keepdims=True) / jnp.where(squares == 0, 1, squares)
+    scale, zero = (x.astype(groups.dtype) for x in (slope, means[1] - slope * means[0]))
+    return _encode(exact, scale, zero.astype(jnp.float32), 2**bits - 1), scale, zero
+
+
+def _encode(
+    exact: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."], largest_code: int
+) -> Int32[Array, "..."]:
     # A constant group has scale 0; dividing by 1 instead gives code 0, so the value comes back as its zero.
     divisor = jnp.where(scale == 0, 1, scale).astype(jnp.float32)
-    codes = jnp.clip(_rounded_quotient(exact - zero, divisor), 0, largest_code).astype(jnp.int32)
-    return codes, scale, zero.astype(groups.dtype)
+    return jnp.clip(_rounded_quotient(exact - zero, divisor), 0, largest_code).astype(jnp.int32)
 
 
 def _rounded_quotient(numerator: Float[Array, "..."], divisor: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -50,6 +50,7 @@ from kivi_jax.kv.quantize import (
     quantize_boosted_keys,
     quantize_keys,
     quantize_values,
+    quantize_values_fitted,
 )
 from kivi_jax.kv.rings import entries_in, entry_in, slot_of
 
@@ -493,7 +494,8 @@ def _unpack_keys(config: KVConfig, packed: PackedKeys) -> tuple[Array, ...]:
 
 
 def _pack_values(config: KVConfig, v: Float[Array, "B H T D"]) -> Quantized:
-    return quantize_values(v, config.value_bits, config.group_size)
+    quantize = quantize_values_fitted if config.rotated_values else quantize_values
+    return quantize(v, config.value_bits, config.group_size)
 
 
 def _energy_or_ones(query_energy: Array | None, like: Float[Array, "B H *tokens D"]) -> Float[Array, "B H D"]:

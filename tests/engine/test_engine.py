@@ -15,7 +15,7 @@ from kivi_jax.engine.slots import Programs, Slots
 from scripts.parity_report import GOLDENS
 from tests.further import further
 
-KV = KVConfig(2, 2, 32, 32)
+KV = KVConfig(2, 2, 32, 32, boosted_channels=0.25)  # of which a slot keeps nothing for its next request
 PIECE = 32  # tokens that are prefilled at once
 CAPACITY = 144
 SAMPLED = GenerationSettings(40, temperature=1.0, seed=2**40, logprobs=True)

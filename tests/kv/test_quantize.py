@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from kivi_jax import kv
-from kivi_jax.kv.quantize import BoostedKeys, dequantize_boosted_keys, quantize_boosted_keys
+from kivi_jax.kv.quantize import (
+    BoostedKeys,
+    dequantize_boosted_keys,
+    quantize_boosted_keys,
+    quantize_values_fitted,
+)
 from tests.further import further
 from tools.oracle.numpy_kivi import fake_quantize
 
@@ -120,6 +125,31 @@ def test_boosted_keys_in_the_packed_layout(head_dim, boosted, block, dtype):
     expected_values = np.array(dequantize_keys(coarse, 2, 32))
     expected_values[..., :boosted] = dequantize_keys(fine, 4, 32)[..., :boosted]
     np.testing.assert_allclose(decoded, expected_values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_fitted_values_are_the_nearest_to_their_first_codes(bits):
+    """By NumPy's least squares; for normal values they lose less."""
+    x = (
+        jnp.asarray(np.random.default_rng(0).standard_normal((3, 32, 128)), jnp.float32)
+        .at[0, 0, :64]
+        .set(2.5)
+    )
+    first = quantize_values(x, bits, 64)
+    fitted = jax.jit(quantize_values_fitted, static_argnums=(1, 2))(x, bits, 64)
+    errors = [np.square(dequantize_values(packed, bits, 64) - x).mean() for packed in (first, fitted)]
+    assert errors[1] < 0.95 * errors[0]
+    assert (fitted.scale[0, 0, 0], fitted.zero[0, 0, 0]) == (0, 2.5)
+    spread = (np.repeat(np.swapaxes(a, 1, 2), 64, axis=2) for a in first[1:])
+    codes = direct_codes(x, *spread, bits)
+    for place in ((0, 0, 1), (1, 7, 0), (2, 31, 1)):
+        row, token, group = place
+        of_group = np.s_[row, token, 64 * group : 64 * (group + 1)]
+        scale, zero = np.polyfit(codes[of_group], np.asarray(x, np.float64)[of_group], 1)
+        np.testing.assert_allclose(fitted.scale[row, group, token], scale, rtol=1e-5)
+        np.testing.assert_allclose(fitted.zero[row, group, token], zero, rtol=1e-5)
+    spread = (np.repeat(np.swapaxes(a, 1, 2), 64, axis=2) for a in fitted[1:])
+    np.testing.assert_array_equal(fitted.codes, direct_words(direct_codes(x, *spread, bits), bits))
 
 
 @pytest.mark.parametrize("bits", [2, 4])

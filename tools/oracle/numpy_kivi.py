@@ -98,8 +98,20 @@ class KiviLists:
         return decoded
 
     def decoded_values(self, v: np.ndarray) -> np.ndarray:
-        matrix = hadamard(v.shape[1]) if self.rotated_values else np.eye(v.shape[1], dtype=np.float32)
-        return fake_quantize(v @ matrix, self.value_bits, self.group_size, axis=1, nudge=self.nudge) @ matrix
+        """Of one token, `[H, D]`."""
+        if not self.rotated_values:
+            return fake_quantize(v, self.value_bits, self.group_size, axis=1, nudge=self.nudge)
+        matrix = hadamard(v.shape[1])
+        groups = (v @ matrix).reshape(-1, self.group_size)
+        decoded = fake_quantize(groups, self.value_bits, self.group_size, axis=1, nudge=self.nudge)
+        largest = 2**self.value_bits - 1
+        for group, first in zip(groups, decoded, strict=True):
+            step = np.ptp(first) / largest
+            if step:
+                scale, zero = np.polyfit(np.rint((first - first.min()) / step), group.astype(np.float64), 1)
+                codes = np.rint(np.clip((group - zero) / scale + self.nudge, 0, largest))
+                first[:] = codes * scale + zero
+        return (decoded.reshape(v.shape) @ matrix).astype(np.float32)
 
 
 def hadamard(size: int) -> np.ndarray:
