@@ -23,7 +23,7 @@ from kivi_jax.kv.config import KVConfig, find_kv, resolve_kv
 from kivi_jax.progress import progress_disabled
 from kivi_jax.text import encode, load_tokenizer
 
-DEFAULT_KVS = (BASELINE, "kivi4", "kivi-k4v2", "kivi2-sinks", "kivi2")
+DEFAULT_KVS = (BASELINE, "kivi4", "kivi-k4v2", "kivi2-plus", "kivi2-sinks", "kivi2")
 
 
 def evaluate(
@@ -93,7 +93,7 @@ def evaluate(
         text = "\n\n".join(map(_read, texts or []))
         tasks = Tasks(task) if task else None
         params = kivi_jax.load(model, dtype, revision=revision, max_positions=max_positions)
-        configs = {name: resolve_kv(name, params.config.head_dim, params.config.num_layers) for name in names}
+        configs = _resolve(params, names, may_leave_out=kv is None)
         # Whatever can be wrong is found before anything is measured.
         cut = _cut(params, text, length, windows) if texts and windows != 0 else None
         cases = _hide(params, text, list(dict.fromkeys(needle)), depths, each) if needle else []
@@ -114,6 +114,18 @@ def evaluate(
                 for name, metrics in results.items()
             }
             _write(out, report)
+
+
+def _resolve(params: kivi_jax.Params, names: list[str], may_leave_out: bool) -> dict[str, KVConfig]:
+    """The caches by name, perhaps but for those that don't fit the model."""
+    configs = {}
+    for name in names:
+        try:
+            configs[name] = resolve_kv(name, params.config.head_dim, params.config.num_layers)
+        except ValueError:
+            if not may_leave_out:
+                raise
+    return configs
 
 
 def _read(file: Path) -> str:
