@@ -54,7 +54,10 @@ def main(
         errors_of_heads(params, layers, resolve_kv(name, params.config.head_dim, len(layers)))
         for name in names
     ]
-    shades = LogNorm(min(error[error > 0].min() for error in found), max(error.max() for error in found))
+    positive = np.concatenate([errors[errors > 0] for errors in found])
+    if not positive.size:
+        raise ValueError(f"{kv} changes nothing in {tokens} tokens; name quantized caches, or more tokens")
+    shades = LogNorm(positive.min(), positive.max())
     figure = Figure((2 + 1.6 * len(names), 6), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for name, errors, axis in zip(names, found, axes, strict=True):

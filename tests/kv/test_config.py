@@ -34,7 +34,7 @@ def test_presets_count_scale_and_zero(name, bits):
         ((2, 2, 32.0), "group_size must be a whole number, got 32.0"),
         ((2, 2, 32, 32, 33), "sink_tokens must be from 0 to residual_length 32, got 33"),
         ((2, 2, 32, 32, -1), "sink_tokens must be"),
-        ((2, 2, 32, 32, 0, {0: "bf17"}), "overrides map a layer's index to one of 'bf16'"),
+        ((2, 2, 32, 32, 0, {0: "bf17"}), "overrides map a layer's index to one of 'kivi2-plus'"),
         ((2, 2, 32, 32, 0, {"first": "bf16"}), "overrides map"),
         ((2, 2, 32, 32, 0, {0: KVConfig(2, 2, overrides={0: "bf16"})}), "without overrides"),
         ((2, 2, 32, 32, 0, "bf16"), "overrides map"),
