@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from kivi_jax.kv import KVConfig, buffers, dequantize_keys, dequantize_values, kv_bytes
@@ -230,3 +231,28 @@ def test_blocks_of_a_chunk_have_slots_of_their_own(monkeypatch, window, blocks):
             completed = np.arange(length // 32, (length + count) // 32)
             assert sorted(row[row < blocks]) == sorted(completed[-blocks:] % blocks)
             assert len({*row.tolist()}) == row.size
+
+
+@pytest.mark.parametrize("kv", [PRESETS["kivi2"], PRESETS["kivi2-plus"]], ids=str)
+def test_orbax_stores_a_state(tmp_path, kv):
+    k, v = random_kv(2, 300, 64)
+    lengths = jnp.asarray([300, 77], jnp.int32)
+    empty = empty_state(1, 2, HEADS, 300, 64, kv, jnp.float32)
+    state = dataclasses.replace(empty, lengths=lengths, layers=(empty.layers[0].store_prompt(k, v, lengths),))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: empty))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["kivi2-plus", "kivi2-plus-g32"])
+def test_bytes_of_boosted_states_are_those_of_the_formula(name, head_dim):
+    """Packed bits, rings and sinks in 16 bits, and by channel an order and an energy."""
+    kv, blocks = PRESETS[name], 32
+    state = jax.eval_shape(lambda: empty_state(1, 1, HEADS, blocks * 128, head_dim, kv, jnp.bfloat16))
+    packed = 2 * blocks * 128 * head_dim * kv.bits_per_value() / 8
+    exact = 2 * (128 + 32) * head_dim * 2
+    assert kv_bytes(state.layers[0]) == HEADS * (packed + exact + 8 * head_dim)
