@@ -68,15 +68,15 @@ def main(
     k, v = (jax.random.normal(key, (batch, tokens, kv_heads, head_dim), dtype) for key in keys[1:])
     calls: dict[str, Any] = {"sdpa": functools.partial(sdpa, q, k, v)}
     sizes = {"sdpa": k.nbytes + v.nbytes}
-    for kv in ("bf16", "kivi4", "kivi2"):
+    for kv in ("bf16", "kivi4", "kivi2", "kivi2-plus"):
         calls[kv], sizes[kv] = layer_call(kv, q, k, v)
     medians = median_milliseconds(calls, repeats)
     shape = f"B={batch} H={query_heads}/{kv_heads} T={tokens} D={head_dim}"
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {shape}")
-    print(f"{'kv':8}{'ms':>10}{'of bf16':>10}{'MiB':>10}")
+    print(f"{'kv':11}{'ms':>10}{'of bf16':>10}{'MiB':>10}")
     for name, milliseconds in medians.items():
         ratio = milliseconds / medians["bf16"]
-        print(f"{name:8}{milliseconds:10.2f}{ratio:10.2f}{sizes[name] / 2**20:10.1f}")
+        print(f"{name:11}{milliseconds:10.2f}{ratio:10.2f}{sizes[name] / 2**20:10.1f}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kivi_jax.pallas_kernels.decode_attention import gpu_plan
 from tools.offline import gpu_wheels
@@ -37,7 +38,15 @@ SHAPES = {
     "Llama 3 70B": (64, 8, 128),
     "Falcon 7B": (71, 1, 64),
 }
-BITS = {"kivi2": (2, 2), "kivi4": (4, 4), "k4v2": (4, 2), "k2v4": (2, 4)}
+PLUS = "kivi2-plus"
+# Fields of an `Attention` that differ from a layer's with 2 bits.
+STORED: dict[str, dict[str, Any]] = {
+    "kivi2": {},
+    "kivi4": {"key_bits": 4, "value_bits": 4},
+    "k4v2": {"key_bits": 4},
+    "k2v4": {"value_bits": 4},
+    PLUS: {"boosted_channels": 0.25},
+}
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
 NEW_TOKENS = 512  # of each row, in chunks
 FULL = "Llama 3 8B"  # the shape with all that can be set
@@ -55,7 +64,7 @@ class Case:
     def attention(self) -> Attention:
         return Attention(
             *SHAPES[self.shape],
-            *BITS[self.kv],
+            **STORED[self.kv],
             group_size=self.group_size,
             dtype=DTYPES[self.dtype],
             batch=8,
@@ -69,12 +78,13 @@ class Case:
 
 def cases(gpu: str) -> list[Case]:
     """On other GPUs than an H100, what differs most."""
-    found = [Case(FULL), Case("Falcon 7B"), Case(FULL, dtype="f16")]
+    found = [Case(FULL), Case("Falcon 7B"), Case(FULL, dtype="f16"), Case(FULL, PLUS, 64)]
     if gpu == "h100":
         found = [Case(shape, kv) for shape in SHAPES for kv in ("kivi2", "kivi4")]
         found += [Case(FULL, kv) for kv in ("k4v2", "k2v4")]
         found += [Case(FULL, kv, group_size) for group_size in (64, 128) for kv in ("kivi2", "kivi4")]
         found += [Case(shape, dtype="f16") for shape in (FULL, "Falcon 7B")]
+        found += [Case(shape, PLUS, 64) for shape in ("Llama 2 7B", FULL, "Falcon 7B")]
     return sorted(found, key=lambda case: list(SHAPES).index(case.shape))
 
 
@@ -179,7 +189,7 @@ def _cost_rows() -> Iterator[list[str]]:
             for kind, cycles in OCCUPIED.items()
         }
         if "HGMMA" in loop.opcodes:
-            units["tensor"] = programs * wide_tensor_cycles(rows, attention.head_dim)
+            units["tensor"] = programs * wide_tensor_cycles(rows, attention)
         unit = max(units, key=units.__getitem__)
         packed = attention.packed_bytes(TOKENS) / bytes_per_cycle
         dense = 2 * 2 * TOKENS * attention.head_dim / bytes_per_cycle
@@ -198,23 +208,24 @@ def _cost_rows() -> Iterator[list[str]]:
 def chunks_section() -> Iterator[str]:
     """The kernel of chunks on an H100: what a program takes, and its loop over tiles for `TOKENS` packed tokens."""
     yield from table(
-        "shape|query × KV heads × head_dim|kv|query rows|registers|spilled|shared memory|issue|tensor",
+        "shape|query × KV heads × head_dim|kv|group|query rows|registers|spilled|shared memory|issue|tensor",
         _chunk_rows(),
     )
     yield ""
 
 
 def _chunk_rows() -> Iterator[list[str]]:
-    found = [Case(shape, kv) for shape in ("Llama 2 7B", FULL, "Falcon 7B") for kv in ("kivi2", "kivi4")]
+    stored = [("kivi2", 32), ("kivi4", 32), (PLUS, 64)]
+    found = [Case(shape, *kv) for shape in ("Llama 2 7B", FULL, "Falcon 7B") for kv in stored]
     fields = {str(case): dataclasses.asdict(case.attention()) for case in found}
     results = compile_programs(
         "h100", "tools.offline.gpu_programs:chunk_kernels", cases=fields, new=NEW_TOKENS
     )
     for case in found:
         attention, result = case.attention(), results[str(case)]
-        shape, heads, kv, *_ = case.cells()
+        *cells, _ = case.cells()  # all of one dtype
         if isinstance(result, str):
-            yield [shape, heads, kv, "does not compile"]
+            yield [*cells, "does not compile"]
             continue
         kernel = result.kernels[CHUNK]
         shared = attention.query_heads // attention.kv_heads
@@ -226,16 +237,17 @@ def _chunk_rows() -> Iterator[list[str]]:
             kernel.spill_stores + kernel.spill_loads,
             kernel.shared_memory,
             round(wide_tile_loop(kernel).instructions * warps * passes() / SCHEDULERS),
-            round(wide_tensor_cycles(rows, attention.head_dim)),
+            round(wide_tensor_cycles(rows, attention)),
         )
-        yield [shape, heads, kv, *map(str, figures)]
+        yield [*cells, *map(str, figures)]
 
 
-def wide_tensor_cycles(rows: int, head_dim: int) -> float:
+def wide_tensor_cycles(rows: int, attention: Attention) -> float:
     """In which tensor cores multiply `rows` queries with the keys and values of `TOKENS` tokens: of warp groups'
     products, which are of many sizes, by the shapes.
     """
-    return 2 * rows * TOKENS * head_dim / MULTIPLIED / SCHEDULERS
+    channels = (2 + attention.boosted_channels) * attention.head_dim
+    return rows * TOKENS * channels / MULTIPLIED / SCHEDULERS
 
 
 def memory_section() -> Iterator[str]:

@@ -29,7 +29,7 @@ from kivi_jax.compilation_cache import keep_compiled_programs
 from kivi_jax.text import Prompt, encode, load_tokenizer
 from tools.prose import PROSE
 
-KVS = ("bf16", "kivi2-sinks", "kivi2")
+KVS = ("bf16", "kivi2-plus", "kivi2")
 PASS_KEY = "48213"
 LITTLE, REAL = "demo", "smollm2"
 REPETITION_PENALTY = {LITTLE: 1.2}  # so small a model repeats itself

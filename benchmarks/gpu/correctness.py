@@ -25,6 +25,7 @@ from tools.oracle.decode_attention import NMSE, oracle, stored
 WRONG = 1e9  # an error that is no number
 MANY = 1024  # KV heads of a row and its copies: programs enough for any GPU, with ten different rows or more
 
+BOOSTED = KVConfig(2, 2, 64, sink_tokens=32, boosted_channels=0.25)
 LLAMA2, LLAMA3, LLAMA3_70B, FALCON = (32, 32, 128), (32, 8, 128), (64, 8, 128), (71, 1, 64)
 
 
@@ -61,6 +62,7 @@ class Case:
             self.dtype,
             f"capacity {self.capacity}",
             f"sinks {kv.sink_tokens}" if kv.sink_tokens else "",
+            f"boosted {kv.boosted_channels}" if kv.boosted_channels else "",
             f"window {self.sliding_window}" if self.sliding_window else "",
             "ALiBi" if self.alibi else "",
             f"chunks of {self.new}" if self.new else "",
@@ -93,11 +95,14 @@ def first() -> Iterator[Case]:
     yield Case(LLAMA3, KVConfig(4, 4))
     kv = dataclasses.replace(kivi2, residual_length=32)
     yield Case(LLAMA2, kv, capacity=1000, times=MANY // LLAMA2[1])
+    for new in (None, 200):
+        yield Case(LLAMA3, BOOSTED, new=new)
 
 
 def whole() -> Iterator[Case]:
     """Every shape with every pair of bits, and of what else varies, each with few shapes."""
     yield from whole_of_chunks()
+    yield from whole_of_boosted()
     kivi2, kivi4 = KVConfig(2, 2), KVConfig(4, 4)
     for shape in (LLAMA3, LLAMA2, LLAMA3_70B, FALCON):
         for bits in ((2, 2), (4, 4), (4, 2), (2, 4)):
@@ -138,11 +143,25 @@ def whole_of_chunks() -> Iterator[Case]:
         yield Case(shape, KVConfig(2, 2, residual_length=96), alibi=True, new=40)
 
 
+def whole_of_boosted() -> Iterator[Case]:
+    """Boosted channels of one piece and of several, in each of the kernels' programs."""
+    for shape in (LLAMA2, FALCON, (8, 2, 64), (12, 1, 64)):
+        yield Case(shape, BOOSTED)
+    yield Case(LLAMA3, BOOSTED, times=MANY // LLAMA3[1])
+    for share, sizes in ((0.5, (32, 32)), (0.375, (128, 128)), (0.25, (32, 96))):
+        kv = KVConfig(2, 4, *sizes, sink_tokens=5, boosted_channels=share)
+        for new in (None, 70):
+            yield Case(LLAMA3, kv, "float16", sliding_window=300, new=new)
+    for shape in (FALCON, (8, 2, 64)):
+        yield Case(shape, BOOSTED, new=70)
+
+
 def small() -> Iterator[Case]:
     """For a CPU."""
     yield Case((4, 2, 64), KVConfig(2, 2), capacity=300)
     yield Case((3, 1, 128), KVConfig(4, 2, residual_length=32, sink_tokens=5), "float16", 300, 70, True)
     yield Case((4, 2, 64), KVConfig(2, 4), capacity=300, new=20)
+    yield Case((4, 2, 64), BOOSTED, capacity=300)
 
 
 GRIDS = {"first": first, "whole": whole, "small": small}

@@ -17,13 +17,12 @@ from kivi_jax.cli.options import DType, MaxPositions, Model, Revision
 from kivi_jax.evaluation.needle import MAX_NEW_TOKENS, Case, find_needles, make_cases
 from kivi_jax.evaluation.report import needle_table, task_table, text_table
 from kivi_jax.evaluation.tasks import Tasks
-from kivi_jax.evaluation.text_quality import BASELINE, Comparison, compare, cut_windows, summarize
+from kivi_jax.evaluation.text_quality import BASELINE, Comparison, compare, summarize, windows_of_text
 from kivi_jax.kv import PRESETS
 from kivi_jax.kv.config import KVConfig, find_kv, resolve_kv
 from kivi_jax.progress import progress_disabled
-from kivi_jax.text import encode, load_tokenizer
 
-DEFAULT_KVS = (BASELINE, "kivi4", "kivi-k4v2", "kivi2-sinks", "kivi2")
+DEFAULT_KVS = (BASELINE, "kivi4", "kivi-k4v2", "kivi2-plus", "kivi2-sinks", "kivi2")
 
 
 def evaluate(
@@ -93,9 +92,9 @@ def evaluate(
         text = "\n\n".join(map(_read, texts or []))
         tasks = Tasks(task) if task else None
         params = kivi_jax.load(model, dtype, revision=revision, max_positions=max_positions)
-        configs = {name: resolve_kv(name, params.config.head_dim, params.config.num_layers) for name in names}
+        configs = _resolve(params, names, may_leave_out=kv is None)
         # Whatever can be wrong is found before anything is measured.
-        cut = _cut(params, text, length, windows) if texts and windows != 0 else None
+        cut = windows_of_text(params, text, length, windows) if texts and windows != 0 else None
         cases = _hide(params, text, list(dict.fromkeys(needle)), depths, each) if needle else []
         if tasks is not None:
             tasks.check(params, chat)
@@ -116,6 +115,18 @@ def evaluate(
             _write(out, report)
 
 
+def _resolve(params: kivi_jax.Params, names: list[str], may_leave_out: bool) -> dict[str, KVConfig]:
+    """The caches by name, perhaps but for those that don't fit the model."""
+    configs = {}
+    for name in names:
+        try:
+            configs[name] = resolve_kv(name, params.config.head_dim, params.config.num_layers)
+        except ValueError:
+            if not may_leave_out:
+                raise
+    return configs
+
+
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
@@ -127,17 +138,6 @@ def _write(out: Path | None, report: dict[str, Any]) -> None:
     """After every part, so that none is lost by what comes after it."""
     if out is not None:
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _cut(
-    params: kivi_jax.Params, text: str, length: int, windows: int | None
-) -> Int[np.ndarray, "windows T"]:
-    """The text's windows, each after the model's beginning tokens."""
-    if length > params.config.max_positions:
-        raise ValueError(f"--length {length} exceeds the model's {params.config.max_positions} positions")
-    (ids,) = encode(params, [text])
-    beginning = load_tokenizer(params.tokenizer or "").encode("")
-    return cut_windows(ids[len(beginning) :], length, windows, beginning)
 
 
 def _hide(params: kivi_jax.Params, text: str, lengths: list[int], depths: int, each: int) -> list[Case]:

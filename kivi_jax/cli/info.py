@@ -17,7 +17,7 @@ from kivi_jax.kv.config import KVConfig, find_kv, resolve_kv
 from kivi_jax.kv.state import empty_state, kv_bytes
 from kivi_jax.model import Params
 
-DEFAULT_KVS = ("bf16", "kivi4", "kivi-k4v2", "kivi2")
+DEFAULT_KVS = ("bf16", "kivi4", "kivi-k4v2", "kivi2-plus", "kivi2")
 MIB, GIB = 2**20, 2**30
 
 
@@ -66,7 +66,7 @@ def info(
         print(f"\nRows of {tokens:,} tokens, beside {weights / GIB:.2f} GiB of weights in {memory:g} GiB:\n")
         print(_cache_table(params, configs, tokens, dtype, memory * GIB - weights))
         if left_out:
-            print(f"\nGroups of 32 don't divide its channels, as these would need: {', '.join(left_out)}.")
+            print(f"\nThese don't fit, as their groups don't divide its channels: {', '.join(left_out)}.")
         print(
             "\nWhat programs need beside both depends on the batch; the engine measures it before it starts."
         )

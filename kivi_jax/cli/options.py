@@ -7,7 +7,9 @@ import typer
 from kivi_jax.kv import PRESETS
 
 Model = Annotated[str, typer.Option(help="Folder, .gguf file, 'org/name' on the Hub, 'demo' or 'smollm2'.")]
-KV = Annotated[str, typer.Option(help=f"Storage of the KV state: {', '.join(PRESETS)}.")]
+KV = Annotated[
+    str, typer.Option(help=f"Storage of the KV state, the recommended one first: {', '.join(PRESETS)}.")
+]
 DType = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 MaxPositions = Annotated[

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from kivi_jax.kv.config import KVConfig
 from kivi_jax.model import Params, jit_of_params
 from kivi_jax.scoring import TOKENS_AT_ONCE, decoded_hidden, in_pieces
+from kivi_jax.text import encode, load_tokenizer
 
 BASELINE = "bf16"  # what other caches are compared with
 
@@ -150,6 +151,21 @@ def read_from_codes(
         values = np.maximum(positions - layer.residual_length - first, 0)
         shares.append((keys + values) / (2 * np.maximum(seen, 1)))
     return np.mean(shares, axis=0)
+
+
+def windows_of_text(
+    params: Params, text: str, length: int, most: int | None = None
+) -> Int[np.ndarray, "windows T"]:
+    """`cut_windows` of a text's tokens, each after the model's beginning tokens.
+
+    Raises:
+        ValueError: `length` exceeds the model's positions, or the text is shorter.
+    """
+    if length > params.config.max_positions:
+        raise ValueError(f"--length {length} exceeds the model's {params.config.max_positions} positions")
+    (ids,) = encode(params, [text])
+    beginning = load_tokenizer(params.tokenizer or "").encode("")
+    return cut_windows(ids[len(beginning) :], length, most, beginning)
 
 
 def cut_windows(

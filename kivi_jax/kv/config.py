@@ -137,14 +137,15 @@ def _read_overrides(overrides: Any) -> tuple[tuple[int, KVConfig], ...]:
 
 
 _EXACT = KVConfig(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
+# The recommended one first.
 PRESETS = {
+    "kivi2-plus": KVConfig(2, 2, 64, sink_tokens=32, boosted_channels=0.25, rotated_values=True),
+    "kivi2-plus-g32": KVConfig(2, 2, sink_tokens=32, boosted_channels=0.25, rotated_values=True),
     "bf16": _EXACT,
     "kivi4": KVConfig(4, 4),
     "kivi-k4v2": KVConfig(4, 2),
     "kivi-k2v4": KVConfig(2, 4),
     "kivi2": KVConfig(2, 2),
-    "kivi2-plus": KVConfig(2, 2, 64, sink_tokens=32, boosted_channels=0.25, rotated_values=True),
-    "kivi2-plus-g32": KVConfig(2, 2, sink_tokens=32, boosted_channels=0.25, rotated_values=True),
     "kivi2-sinks": KVConfig(2, 2, sink_tokens=32),
     "kivi2-edges": KVConfig(2, 2, overrides={0: _EXACT, -1: _EXACT}),
     "kivi-k4v4": KVConfig(4, 4),

@@ -25,7 +25,7 @@ class Region(NamedTuple):
             values are in the dtype in which they take part in products.
         unit: `start` and `count` are multiples of it.
         packed: whether `read` decodes: then not all of the region should be read at once.
-        queries: makes queries `[B, H, rows, D]` such that their products with the region's keys are scores.
+        queries: puts the channels of queries `[B, H, rows, D]` in the order that the region's keys have.
     """
 
     size: int

@@ -18,6 +18,7 @@ word rows first, then the odd ones: what lies side by side there is not mixed he
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
@@ -28,6 +29,7 @@ WORD_BITS = 32
 FOLDED_HEAD_DIM = 64
 BOOSTED_FROM, BOOSTED_BITS = 2, 4
 LOW_CODES = 2 ** (BOOSTED_BITS - BOOSTED_FROM)
+ZERO_CODES = -0x55555556  # a word of 2-bit codes that are all 0
 
 
 class Quantized(NamedTuple):
@@ -153,16 +155,20 @@ def dequantize_keys(quantized: Quantized, bits: int, group_size: int) -> Float[A
 @with_usual_promotion
 def dequantize_boosted_keys(
     quantized: BoostedKeys, group_size: int, block: int
-) -> tuple[Float[Array, "*batch T D"], Float[Array, "*batch T boosted"]]:
-    """What the codes decode to, and what `low` adds to the boosted channels; float32."""
-    *batch, _, head_dim = quantized.scale.shape
-    coarse = dequantize_keys(Quantized(*quantized[:3]), BOOSTED_FROM, group_size)
-    length = coarse.shape[-2]
-    low = _unpack_low(quantized.low, length // block, head_dim) + LOW_CODES // 2
-    boosted = low.shape[-1]
-    scale = quantized.scale[..., None, :boosted].astype(jnp.float32) / LOW_CODES
-    groups = low.reshape(*batch, length // group_size, group_size, boosted)
-    return coarse, (groups * scale).reshape(low.shape)
+) -> Float[Array, "*batch T D"]:
+    """Undoes `quantize_boosted_keys` up to half a step per value; float32."""
+    *batch, groups, head_dim = quantized.scale.shape
+    length = groups * group_size
+    low = _low_words(quantized.low, length // block, head_dim)
+    others = [(0, 0)] * (low.ndim - 1) + [(0, head_dim - low.shape[-1])]
+    # All channels are decoded alike, which vectorizes; the barrier keeps the filling out of that.
+    low = jax.lax.optimization_barrier(jnp.pad(low, others, constant_values=ZERO_CODES))
+    upper, lower = (
+        _unpack(words, BOOSTED_FROM, head_dim) + LOW_CODES // 2 for words in (quantized.codes, low)
+    )
+    codes = (LOW_CODES * upper + lower).reshape(*batch, groups, group_size, head_dim)
+    scale, zero = (array.astype(jnp.float32)[..., None, :] for array in quantized[1:3])
+    return (codes * (scale / LOW_CODES) + zero).reshape(*batch, length, head_dim)
 
 
 @with_usual_promotion
@@ -196,14 +202,15 @@ def _pack_low(
     return words.swapaxes(-2, -3).reshape(*batch, rows, -1)
 
 
-def _unpack_low(
+def _low_words(
     low: Int32[Array, "*batch rows lanes"], blocks: int, head_dim: int
-) -> Int32[Array, "*batch T n"]:
+) -> Int32[Array, "*batch T/16 n"]:
+    """The words of `low` in token order."""
     *batch, rows, lanes = low.shape
     words = low.reshape(*batch, rows, blocks, lanes // blocks).swapaxes(-2, -3)
     if _in_pairs(head_dim, rows):
         words = words.reshape(*words.shape[:-2], 2, rows // 2, -1).swapaxes(-2, -3)
-    return _unpack(words.reshape(*batch, blocks * rows, -1), BOOSTED_FROM, lanes // blocks)
+    return words.reshape(*batch, blocks * rows, -1)
 
 
 def _in_pairs(head_dim: int, rows: int) -> bool:

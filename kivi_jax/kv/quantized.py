@@ -387,20 +387,16 @@ class QuantizedLayer(Layer):
                 first, size = start // residual * length, count // residual * length
                 return of_heads(jax.lax.dynamic_slice_in_dim(array, first, size, axis))
 
-            keys = _unpack_keys(config, jax.tree.map(take, self.keys, self._key_axes))
+            keys = jax.tree.map(take, self.keys, self._key_axes)
             values = jax.tree.map(take, self.values, VALUE_TOKEN_AXES)
             return (
                 tokens,
-                keys[0] if len(keys) == 1 else jnp.concatenate(keys, axis=-1),
+                _unpack_keys(config, keys),
                 dequantize_values(values, config.value_bits, config.group_size),
             )
 
-        def queries(q: Float[Array, "B H rows D"]) -> Float[Array, "B H rows channels"]:
-            """In the order of the keys' channels, and those of the boosted ones once more, for what `k_low` adds."""
-            if self.channels is None:
-                return q
-            q = take_channels(q, of_heads(self.channels))
-            return jnp.concatenate([q, q[..., : config.boosted_of(q.shape[-1])]], axis=-1)
+        def queries(q: Float[Array, "B H rows D"]) -> Float[Array, "B H rows D"]:
+            return q if self.channels is None else take_channels(q, of_heads(self.channels))
 
         capacity = self.blocks * residual
         # Whole blocks keep words and groups whole.
@@ -426,12 +422,8 @@ class QuantizedLayer(Layer):
         self, packed: PackedKeys, channels: Int32[Array, "B H D"] | None
     ) -> Float[Array, "B H T D"]:
         """What `_pack` made of keys, float32."""
-        decoded, *low = _unpack_keys(self.config, packed)
-        if channels is None:
-            return decoded
-        boosted = low[0].shape[-1]
-        decoded = jnp.concatenate([decoded[..., :boosted] + low[0], decoded[..., boosted:]], axis=-1)
-        return put_channels(decoded, channels)
+        decoded = _unpack_keys(self.config, packed)
+        return decoded if channels is None else put_channels(decoded, channels)
 
     def _order_channels(
         self, first_block: Float[Array, "B H R D"], query_energy: Float[Array, "B H D"]
@@ -490,11 +482,10 @@ def _pack_keys(config: KVConfig, k: Float[Array, "B H T D"]) -> PackedKeys:
     return quantize_boosted_keys(k, boosted, config.group_size, config.residual_length)
 
 
-def _unpack_keys(config: KVConfig, packed: PackedKeys) -> tuple[Array, ...]:
-    """Decoded keys, and what the first channels have besides, if they are boosted."""
+def _unpack_keys(config: KVConfig, packed: PackedKeys) -> Float[Array, "B H T D"]:
     if isinstance(packed, BoostedKeys):
         return dequantize_boosted_keys(packed, config.group_size, config.residual_length)
-    return (dequantize_keys(packed, config.key_bits, config.group_size),)
+    return dequantize_keys(packed, config.key_bits, config.group_size)
 
 
 def _pack_values(config: KVConfig, v: Float[Array, "B H T D"]) -> Quantized:

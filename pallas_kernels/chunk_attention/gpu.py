@@ -47,7 +47,7 @@ def chunk_attention(
         "lengths": lengths.astype(jnp.int32),
         "counts": counts.astype(jnp.int32),
         "first_kv_head": jnp.asarray(heads.first_kv_head, jnp.int32).reshape(1),
-        "q": q,
+        **gpu.queries_by_name(q, layer, heads),
         "k": k,
         "v": v,
         **gpu.stored(layer),

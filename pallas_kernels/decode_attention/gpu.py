@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.alibi import Slopes
+from kivi_jax.pallas_kernels.decode_attention.gpu_boosted import queries_of_packed
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Plan, list_work
 from kivi_jax.pallas_kernels.devices import nvidia_capability
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
@@ -28,6 +29,7 @@ except ImportError:  # of Pallas' Triton lowering, which is deprecated since JAX
 HEAD_DIMS = (64, 128)
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
+BOOSTED = 16  # of which boosted channels are a multiple: what a product sums over
 LEAST_CAPABILITY = 8.0  # from Ampere on: matrix products in bfloat16
 
 
@@ -57,14 +59,16 @@ def decode_attention(
         alibi=heads.alibi_slopes is not None,
         batch=batch,
     )
+    queries = queries_by_name(q, layer, heads)
     if not plan.wide:
-        q, k, v = q[:, 0], heads.of_new(k)[:, 0], heads.of_new(v)[:, 0]
+        queries = {name: x[:, 0] for name, x in queries.items()}
+        k, v = heads.of_new(k)[:, 0], heads.of_new(v)[:, 0]
     work, of_rows = list_work(lengths, plan)
     inputs = {
         **work,
         "lengths": lengths.astype(jnp.int32),
         "first_kv_head": jnp.asarray(heads.first_kv_head, jnp.int32).reshape(1),
-        "q": q,
+        **queries,
         "k": k,
         "v": v,
         **stored(layer),
@@ -121,8 +125,12 @@ def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
     group_size = layer.config.group_size
     if group_size not in GROUP_SIZES:
         raise NotImplementedError(f"the GPU kernel takes a group_size of 32, 64 or 128, not {group_size}")
-    if layer.config.boosted_channels:
-        raise NotImplementedError("the GPU kernel does not read boosted channels")
+    boosted = layer.config.boosted_of(q.shape[-1])
+    if layer.config.boosted_channels and (not boosted or boosted % BOOSTED):
+        raise NotImplementedError(
+            f"the GPU kernel takes boosted channels in a multiple of {BOOSTED}, not {boosted} of a head_dim of "
+            f"{q.shape[-1]}"
+        )
     if q.dtype not in DTYPES or layer.window_k.dtype != q.dtype:
         raise NotImplementedError(
             "the GPU kernel takes queries and a state in bfloat16 or both in float16, not "
@@ -139,6 +147,16 @@ def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
 def rounded_slopes(slopes: Slopes) -> Float[Array, " Hq"]:
     """To bfloat16, as `alibi_bias` has them."""
     return jax.lax.reduce_precision(jnp.asarray(slopes, jnp.float32), exponent_bits=8, mantissa_bits=7)
+
+
+def queries_by_name(
+    q: Float[Array, "B T Hq D"], layer: QuantizedLayer, heads: Heads
+) -> dict[str, Float[Array, "B T Hq _"]]:
+    """The queries by the names that kernels know them by: `packed_q` is for packed keys of another order."""
+    if layer.channels is None:
+        return {"q": q}
+    boosted = layer.config.boosted_of(q.shape[-1])
+    return {"q": q, "packed_q": queries_of_packed(q, heads.of_stored(layer.channels), boosted)}
 
 
 def stored(layer: QuantizedLayer) -> dict[str, Array]:
@@ -159,6 +177,8 @@ def stored(layer: QuantizedLayer) -> dict[str, Array]:
         "window_k": layer.window_k,
         "window_v": layer.window_v,
     }
+    if layer.k_low is not None:
+        stored["k_low"] = layer.k_low
     if layer.sinks is not None:
         stored |= dict(zip(("sink_k", "sink_v"), layer.sinks, strict=True))
     return stored

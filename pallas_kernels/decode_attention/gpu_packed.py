@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int, Int16, Int32
 
 from kivi_jax.kv.rings import entry_in
+from kivi_jax.pallas_kernels.decode_attention.gpu_boosted import pieces_of_boosted, read_low
 from kivi_jax.pallas_kernels.decode_attention.gpu_codes import (
     Field,
     exp2_of_sum,
@@ -218,28 +219,52 @@ def _scores(
     """Scores as `shared + unit · more`: `more` and `unit` for the first token of every word, the second, …, and
     `shared` for all tokens of a word. `more` is -inf where a token is not attended.
 
-    A key is `zero + scale · code`. Only the product is rounded, and only if more than one bit of the code is set.
+    A key is `zero + scale · code`. Only the product is rounded, and only if more than one bit of the code is set. What
+    boosted channels have besides is `scale · low`, as of further channels without a zero.
     """
     groups = _groups(plan, item, tile)
     dtype = ref["q"].dtype
     units = _units_of_word(plan.key_bits, dtype)
 
+    def read_queries(channels: Array) -> Float[Array, "C rows"]:
+        queries = ref["packed_q" if plan.boosted else "q"]
+        return queries[item.row, item.query_heads[None, :], channels[:, None]]
+
+    def of_words(name: str, channels: Array) -> Float[Array, "W C"]:
+        """Their groups' scales or zeros."""
+        of_groups = ref[name][item.row, item.head, groups[:, None], channels[None, :]]
+        return _repeat(of_groups, WORDS // groups.size)
+
+    def add_codes(
+        more: list[Array], codes: list[tuple[Array, Field]], negative_scale: Array, q: Array
+    ) -> list[Array]:
+        unpacked = (unpack(halves, field, plan.key_bits, dtype, interpret) for halves, field in codes)
+        return [x + dot(scaled(y, negative_scale, interpret), q) for x, y in zip(more, unpacked, strict=True)]
+
     def add_channels(i: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
         more, shared = carry
         channels = i * KEY_CHANNELS + jnp.arange(KEY_CHANNELS)
-        q = ref["q"][item.row, item.query_heads[None, :], channels[:, None]]
-        place = (item.row, item.head, groups[:, None], channels[None, :])
-        zero, scale = (_repeat(ref[name][place], WORDS // groups.size) for name in ("k_zero", "k_scale"))
+        q = read_queries(channels)
+        zero, scale = (of_words(name, channels) for name in ("k_zero", "k_scale"))
         shared += dot(zero, q)
         scale = negative(scale, interpret)
         codes = _read_codes(ref["k_codes"], item, words, channels, plan.key_bits, dtype)
-        unpacked = (unpack(halves, field, plan.key_bits, dtype, interpret) for halves, field in codes)
-        more = [x + dot(scaled(y, scale, interpret), q) for x, y in zip(more, unpacked, strict=True)]
-        return more, shared
+        return add_codes(more, codes, scale, q), shared
+
+    def read_boosted(channels: Array) -> list[tuple[Array, Field]]:
+        low = read_low(plan, ref, item.row, item.head, words[:, None], channels[None, :])
+        return _fields_of_words(low, plan.key_bits, dtype)
 
     nothing = jnp.zeros((WORDS, plan.rows))
     passes = plan.head_dim // KEY_CHANNELS
+    boosted = pieces_of_boosted(plan, KEY_CHANNELS) if plan.boosted else []
+    # As Triton reads ahead in loops only, the first piece is read before the loop, and others while one is multiplied.
+    ahead = [read_boosted(channels) for channels in boosted[:1]]
     more, shared = jax.lax.fori_loop(0, passes, add_channels, ([nothing] * WORD_TOKENS, nothing))
+    for i, channels in enumerate(boosted):
+        ahead += [read_boosted(following) for following in boosted[i + 1 : i + 2]]
+        scale = negative(of_words("k_scale", channels), interpret)
+        more = add_codes(more, ahead[i], scale, read_queries(plan.head_dim + channels))
     first_tokens = _first_tokens(plan, item, tile)
     if item.slopes is not None:
         more = [
@@ -273,6 +298,12 @@ def _read_codes(
     for i in range(bits // 2):
         rows = bits // 2 * words + i
         word = codes[item.row, item.head, rows[:, None], channels[None, :]]
-        halves = word.astype(jnp.int16), jax.lax.shift_right_logical(word, 16).astype(jnp.int16)
-        found += [(half, field) for half in halves for field in fields_of(bits, dtype)]
+        found += _fields_of_words(word, bits, dtype)
     return found
+
+
+def _fields_of_words(
+    words: Int32[Array, "W C"], bits: int, dtype: Any
+) -> list[tuple[Int16[Array, "W C"], Field]]:
+    halves = words.astype(jnp.int16), jax.lax.shift_right_logical(words, 16).astype(jnp.int16)
+    return [(half, field) for half in halves for field in fields_of(bits, dtype)]

@@ -37,7 +37,7 @@ WHOLE_TILES = 4  # most tiles of rows that are not divided: of many, a few long 
 class Layout:
     """How a layer is stored and how many query heads share a KV head of those that are read.
 
-    `capacity` counts packed tokens.
+    `capacity` counts packed tokens, `boosted` the key channels of 4 bits.
     """
 
     shared: int
@@ -50,15 +50,16 @@ class Layout:
     capacity: int
     sinks: int
     sliding_window: int | None
+    boosted: int
 
     @classmethod
     def fields_of(cls, query_heads: int, kv_heads: int, layer: QuantizedLayer) -> dict[str, Any]:
         """The fields by their names, of a call for `kv_heads` of the layer's."""
-        config = layer.config
+        config, head_dim = layer.config, layer.window_k.shape[-1]
         return {
             "shared": query_heads // kv_heads,
             "kv_heads": kv_heads,
-            "head_dim": layer.window_k.shape[-1],
+            "head_dim": head_dim,
             "key_bits": config.key_bits,
             "value_bits": config.value_bits,
             "group_size": config.group_size,
@@ -66,6 +67,7 @@ class Layout:
             "capacity": layer.blocks * config.residual_length,
             "sinks": config.sink_tokens,
             "sliding_window": layer.sliding_window,
+            "boosted": config.boosted_of(head_dim),
         }
 
     @property

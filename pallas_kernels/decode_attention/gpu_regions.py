@@ -45,14 +45,13 @@ def attend_packed(
     interpret: bool,
 ) -> Sums:
     """Adds packed tokens: of the tiles that the queries attend, those from `first_tile` to before `end_tile`."""
+    queries = queries.of_packed(layout, ref)
     oldest, end = _oldest_packed(layout, queries), _end_of_packed(layout, queries)
 
     def add(i: Array, sums: Sums) -> Sums:
         first = oldest + i * TOKENS
-        keys, values = (
-            read(layout, ref, queries.row, queries.head, first, end, interpret)
-            for read in (read_keys, read_values)
-        )
+        keys = read_keys(layout, ref, queries.row, queries.head, first, end, interpret)
+        values = read_values(layout, ref, queries.row, queries.head, first, end, interpret)
         tokens = first + jnp.arange(TOKENS)
         partial = first + TOKENS > end
         if layout.sinks:
@@ -88,7 +87,7 @@ def _attend_ring(layout: Layout, ref: dict[str, Any], queries: Queries, sums: Su
             for name in ("window_k", "window_v")
         )
         positions = jnp.where(tokens >= layout.sinks, tokens, NEVER)
-        return attend_tile(layout, queries, sums, keys, values, positions, partial, interpret)
+        return attend_tile(layout, queries, sums, (keys,), values, positions, partial, interpret)
 
     return jax.lax.fori_loop(0, layout.residual // EXACT, add, sums)
 
@@ -102,7 +101,7 @@ def _attend_sinks(layout: Layout, ref: dict[str, Any], queries: Queries, sums: S
             for name in ("sink_k", "sink_v")
         )
         positions = jnp.where(tokens < jnp.minimum(layout.sinks, queries.length), tokens, NEVER)
-        return attend_tile(layout, queries, sums, keys, values, positions, True, interpret)
+        return attend_tile(layout, queries, sums, (keys,), values, positions, True, interpret)
 
     return jax.lax.fori_loop(0, -(-layout.sinks // SINKS), add, sums)
 
@@ -127,7 +126,7 @@ def _attend_new(layout: Layout, ref: dict[str, Any], queries: Queries, sums: Sum
         if layout.sliding_window is not None:
             partial |= first <= queries.last - layout.sliding_window
         positions = queries.length + tokens
-        return attend_tile(layout, queries, sums, keys, values, positions, partial, interpret)
+        return attend_tile(layout, queries, sums, (keys,), values, positions, partial, interpret)
 
     return jax.lax.fori_loop(jax.lax.div(oldest, EXACT), jax.lax.div(queries.last, EXACT) + 1, add, sums)
 

@@ -1,5 +1,6 @@
 """Queries as rows of the GPU's matrix products, as many as a warp group takes, and their online softmax."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
+from kivi_jax.pallas_kernels.decode_attention.gpu_boosted import pieces_of_boosted
 from kivi_jax.pallas_kernels.decode_attention.gpu_codes import exp2_of_sum
 from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Layout
 from kivi_jax.pallas_kernels.decode_attention.gpu_softmax import LOWEST, bias, dot, score_unit
@@ -22,7 +24,7 @@ class Queries(NamedTuple):
         length: tokens that it has stored.
         new: new tokens that it has.
         new_head, head: the KV head among those that are read, and in the state.
-        vectors: the queries. Rows beyond the last query repeat those of its token.
+        vectors: the queries, in pieces as keys have them. Rows beyond the last query repeat those of its token.
         tokens, heads: new tokens, from 0 on, and query heads.
         slopes: of position biases, if there are any.
         first, last: the first token, and the last that the row has.
@@ -33,7 +35,7 @@ class Queries(NamedTuple):
     new: Array | int
     new_head: Array
     head: Array
-    vectors: Float[Array, "rows D"]
+    vectors: tuple[Float[Array, "rows _"], ...]
     tokens: Int32[Array, " rows"]
     heads: Int32[Array, " rows"]
     slopes: Float[Array, " rows"] | None
@@ -60,13 +62,24 @@ class Queries(NamedTuple):
             new=new,
             new_head=new_head,
             head=ref["first_kv_head"][0] + new_head,
-            vectors=ref["q"][row, tokens[:, None], heads[:, None], jnp.arange(layout.head_dim)[None]],
+            vectors=(ref["q"][row, tokens[:, None], heads[:, None], jnp.arange(layout.head_dim)[None]],),
             tokens=tokens,
             heads=heads,
             slopes=ref["slopes"][heads] if "slopes" in ref else None,
             first=jax.lax.div(start, layout.shared),
             last=jnp.minimum(jax.lax.div(start + (places.size - 1), layout.shared), new - 1),
         )
+
+    def of_packed(self, layout: Layout, ref: dict[str, Any]) -> "Queries":
+        """The same, as packed keys have their channels: all of them, and once more those that are boosted."""
+        if not layout.boosted:
+            return self
+        of_low = (layout.head_dim + piece for piece in pieces_of_boosted(layout, layout.head_dim))
+        vectors = (
+            ref["packed_q"][self.row, self.tokens[:, None], self.heads[:, None], channels[None]]
+            for channels in (jnp.arange(layout.head_dim), *of_low)
+        )
+        return self._replace(vectors=tuple(vectors))
 
 
 class Sums(NamedTuple):
@@ -88,14 +101,17 @@ def attend_tile(
     layout: Layout,
     queries: Queries,
     sums: Sums,
-    keys: Float[Array, "T D"],
+    keys: tuple[Float[Array, "T _"], ...],
     values: Float[Array, "T D"],
     positions: Int32[Array, " T"],
     partial: Array | bool,
     interpret: bool,
 ) -> Sums:
-    """Adds the tokens at `positions`. Unless the tile is `partial`, every query attends all of them."""
-    scores = dot(queries.vectors, keys.T)
+    """Adds the tokens at `positions`, whose keys are in pieces as the queries are. Unless the tile is `partial`, every
+    query attends all of them.
+    """
+    products = (dot(q, k.T) for q, k in zip(queries.vectors, keys, strict=True))
+    scores = functools.reduce(jnp.add, products)
     if queries.slopes is not None:
         scores += bias(queries.slopes[:, None], positions[None])
 

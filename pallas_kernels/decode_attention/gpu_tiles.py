@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int16, Int32
 
 from kivi_jax.kv.quantize import WORD_BITS
+from kivi_jax.pallas_kernels.decode_attention.gpu_boosted import pieces_of_boosted, read_low
 from kivi_jax.pallas_kernels.decode_attention.gpu_codes import affine, fields_of, scaled, unpack
-from kivi_jax.pallas_kernels.decode_attention.gpu_plan import Layout
+from kivi_jax.pallas_kernels.decode_attention.gpu_plan import WORD_TOKENS, Layout
 from kivi_jax.pallas_kernels.decode_attention.gpu_registers import interleave, split
 
 TOKENS = 64  # of a tile
@@ -19,8 +20,11 @@ PIECES = 4
 
 def read_keys(
     layout: Layout, ref: dict[str, Any], row: Array, head: Array, first: Array, end: Array, interpret: bool
-) -> Float[Array, "T D"]:
-    """Keys of the tokens from `first` on; of words beyond the last packed token, that are before `end`, any."""
+) -> tuple[Float[Array, "T _"], ...]:
+    """Keys of the tokens from `first` on; of words beyond the last packed token, that are before `end`, any.
+
+    They are one piece, or as those of `Queries.of_packed`.
+    """
     places = _places_of_words(layout, first, end, layout.key_bits)[:, None]
     channels = jnp.arange(layout.head_dim)[None]
     of_head = row, head
@@ -30,7 +34,37 @@ def read_keys(
         for name in ("k_scale", "k_zero")
     )
     codes = _unpack_words(words, layout.key_bits, scale.dtype, interpret)
-    return _in_order([affine(x, scale, zero, interpret) for x in codes])
+    keys = _in_order([affine(x, scale, zero, interpret) for x in codes])
+    if not layout.boosted:
+        return (keys,)
+    pieces = pieces_of_boosted(layout, layout.head_dim)
+    return keys, *(_read_boosted(layout, ref, of_head, places, channels, interpret) for channels in pieces)
+
+
+def _read_boosted(
+    layout: Layout,
+    ref: dict[str, Any],
+    of_head: tuple[Array, Array],
+    places: Int32[Array, "W 1"],
+    channels: Int32[Array, " C"],
+    interpret: bool,
+) -> Float[Array, "T C"]:
+    """What boosted channels' keys have besides, scale · low.
+
+    Every word is read once for each of its halves: fewer numbers than a program has threads, as words of 16 channels
+    are, Triton moves from thread to thread after every step.
+    """
+    places = places[:, :, None]
+    halves = jnp.arange(2)[None, None]
+    channels = jnp.broadcast_to(channels[None, :, None], (1, channels.size, halves.size))
+    words = read_low(layout, ref, *of_head, jax.lax.div(places, WORD_TOKENS), channels)
+    scale = ref["k_scale"][*of_head, jax.lax.div(places, layout.group_size), channels]
+    shifts = jnp.broadcast_to(WORD_BITS // 2 * halves, words.shape)
+    codes = _unpack_halves(
+        jax.lax.shift_right_logical(words, shifts).astype(jnp.int16), layout.key_bits, scale.dtype, interpret
+    )
+    of_words = interleave([affine(x, scale, jnp.zeros_like(scale), interpret) for x in codes])
+    return of_words.reshape(*words.shape[:2], WORD_TOKENS).swapaxes(1, 2).reshape(TOKENS, -1)
 
 
 def read_values(
@@ -76,11 +110,19 @@ def _unpack_words(
 ) -> list[Float[Array, "W D"]]:
     """The codes of every word's first token, of its second, …, exactly."""
     halves = words.astype(jnp.int16), jax.lax.shift_right_logical(words, 16).astype(jnp.int16)
+    return [code for half in halves for code in _unpack_halves(half, bits, dtype, interpret)]
+
+
+def _unpack_halves(
+    halves: Int16[Array, "*n"], bits: int, dtype: Any, interpret: bool
+) -> list[Float[Array, "*n"]]:
+    """The codes of halves of words, from the lowest bits on."""
     return [
         scaled(
-            unpack(half, field, bits, dtype, interpret), jnp.full(words.shape, -field.unit, dtype), interpret
+            unpack(halves, field, bits, dtype, interpret),
+            jnp.full(halves.shape, -field.unit, dtype),
+            interpret,
         )
-        for half in halves
         for field in fields_of(bits, dtype)
     ]
 

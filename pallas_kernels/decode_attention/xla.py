@@ -47,7 +47,6 @@ class Queries(NamedTuple):
     """Queries grouped by the KV head they share: a row for every new token and, within it, every query head."""
 
     vectors: Float[Array, "B H rows D"]  # float32
-    head_dim: int  # of the model; stored keys can have some channels twice
     positions: Int[Array, "B rows"]
     sliding_window: int | None
     alibi_slopes: Slopes | None
@@ -66,7 +65,7 @@ class Queries(NamedTuple):
         vectors = q.reshape(batch, new, num_kv_heads, shared, head_dim).swapaxes(1, 2)
         vectors = vectors.reshape(batch, num_kv_heads, new * shared, head_dim).astype(jnp.float32)
         positions = jnp.repeat(lengths[:, None] + jnp.arange(new), shared, axis=1)
-        return cls(vectors, head_dim, positions, sliding_window, alibi_slopes)
+        return cls(vectors, positions, sliding_window, alibi_slopes)
 
     def ungroup(self, out: Float[Array, "B H rows D"], new: int) -> Float[Array, "B T Hq D"]:
         batch, num_kv_heads, rows, head_dim = out.shape
@@ -83,10 +82,10 @@ class Queries(NamedTuple):
         scores = jnp.einsum(
             "bhrd,bhtd->bhrt", self.vectors.astype(keys.dtype), keys, preferred_element_type=jnp.float32
         )
-        batch, num_kv_heads, rows, _ = self.vectors.shape
-        scores = scores * self.head_dim**-0.5  # here, as it would round queries of 16 bits once more
+        batch, num_kv_heads, rows, head_dim = self.vectors.shape
+        scores = scores * head_dim**-0.5  # here, as it would round queries of 16 bits once more
         if self.alibi_slopes is not None:
-            bias = alibi_bias(self.alibi_slopes, tokens, self.head_dim)
+            bias = alibi_bias(self.alibi_slopes, tokens, head_dim)
             bias = bias.reshape(batch, num_kv_heads, -1, tokens.shape[-1])
             scores = scores + jnp.tile(bias, (1, 1, rows // bias.shape[2], 1))
         if self.sliding_window is not None:

@@ -65,7 +65,7 @@ def test_smoke_measures_every_part(smoke):
     assert {record["run"] for record in results.records} == {0}
 
     cases = results.of("correctness")
-    assert len(cases) == 3
+    assert len(cases) == 4
     assert all(record["passed"] and 0 < record["worst"] < 1e-5 for record in cases)
     (copy,) = results.of("copy")
     assert copy["bytes_per_second"] > 0
@@ -98,7 +98,7 @@ def test_smoke_writes_a_page(smoke):
     results, _ = smoke
     page = results.path.with_suffix(".md").read_text()
     assert re.search(r"^\| 0 \| .* \| 0123456789ab \| ", page, re.MULTILINE)
-    assert "3 of 3 cases are within 1e-5" in page
+    assert "4 of 4 cases are within 1e-5" in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| 4/2 × 64 | ")]
     times = {(row[1], row[2]): row for row in rows if len(row) == 14}
     assert set(times) == {(str(batch), str(tokens)) for batch, tokens in sizes(SMOKE)}

@@ -39,8 +39,8 @@ def stored(config: KVConfig, sliding_window: int | None) -> Layer:
 def read(
     layer: Layer, lengths: jax.Array, unit: bool
 ) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-    """Keys and values of all regions by row and token, read at once or in the smallest pieces. What queries make of
-    keys are products with each of a model's channels.
+    """Keys and values of all regions by row and token, read at once or in the smallest pieces. Keys are their products
+    with a query for each channel.
     """
     found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
     channels = jnp.broadcast_to(jnp.eye(HEAD_DIM), (lengths.size, HEADS, HEAD_DIM, HEAD_DIM))

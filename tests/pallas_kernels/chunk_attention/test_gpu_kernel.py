@@ -17,6 +17,7 @@ from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.chunk_attention import api
 from kivi_jax.pallas_kernels.heads import Heads
+from tests.further import further
 from tools.oracle import chunk_attention as chunk_oracle
 from tools.oracle.decode_attention import NMSE, compare, stored
 
@@ -66,6 +67,26 @@ def test_float16(config, head_dim):
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("config", "shape", "settings"),
+    [
+        (KVConfig(2, 2, 64, 128, sink_tokens=20, boosted_channels=0.25), (4, 2, 128), {}),
+        (KVConfig(2, 2, 32, 128, boosted_channels=0.25), (3, 1, 64), {"dtype": jnp.float16}),
+        further(KVConfig(2, 4, 128, 128, boosted_channels=0.375), (2, 1, 128), {}),
+        (KVConfig(2, 2, 32, 96, sink_tokens=5, boosted_channels=0.25), (2, 1, 64), {"sliding_window": 250}),
+        further(KVConfig(2, 2, 32, 32, boosted_channels=0.5), (2, 1, 128), {"sliding_window": 100}),
+        further(KVConfig(2, 2, 64, 64, boosted_channels=0.25), (4, 2, 64), {"slopes": (1, 0.5, 0.3, 0.1)}),
+    ],
+    ids=str,
+)
+def test_boosted_channels(config, shape, settings):
+    """Of one piece and of several; windowed rows have been around the ring of their blocks."""
+    residual = config.residual_length
+    lengths = [0, residual - 1, residual + 63, residual + 64, residual + 500]
+    check(config, *shape, lengths, [3, 40, 17, 1, 34], capacity=residual + 550, **settings)
+
+
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("window", "sinks"), [(20, 0), (128, 5), (300, 0), (5000, 31)])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_sliding_windows_and_sinks(window, sinks, head_dim):
@@ -98,8 +119,9 @@ def test_single_new_tokens():
     check(KIVI2, 2, 1, 64, [0, 1, 300], [1, 1, 1], capacity=384)
 
 
-def test_queries_of_some_kv_heads():
-    layer, state = stored(KIVI2, 4, 64, [0, 300, 129], 400)
+@pytest.mark.parametrize("config", [KIVI2, dataclasses.replace(KIVI2, boosted_channels=0.25)], ids=str)
+def test_queries_of_some_kv_heads(config):
+    layer, state = stored(config, 4, 64, [0, 300, 129], 400)
     counts = [7, 3, 12]
     generator = np.random.default_rng(1)
     q = jnp.asarray(generator.standard_normal((3, 12, 8, 64)), jnp.bfloat16)

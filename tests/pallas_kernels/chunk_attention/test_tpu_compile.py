@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from kivi_jax.pallas_kernels.chunk_attention import tpu
-from tests.compiled import arrays_not_read, succeeded
+from tests.compiled import arrays_not_read, of_channels, succeeded
 from tools.offline.compiler import Compiled, Program
 from tools.offline.decode_programs import Attention
 from tools.offline.tpu_compiler import CHIPS, compile_programs
@@ -49,8 +49,6 @@ KERNELS = {
 }
 # What XLA copies for this kernel as for that of decode attention.
 KNOWN_COPIES = {"falcon-token": {"k_scale", "k_zero"}, "boosted-token": {"k_scale", "k_zero"}}
-# What no kernel reads.
-OF_CHANNELS = {"channels", "query_energy"}
 # The other chips get what differs in layout or arithmetic.
 ALL = "v5e"
 KERNELS_ELSEWHERE = (
@@ -80,8 +78,8 @@ def compile_kernels(chip: str) -> dict[str, Compiled | str]:
 def test_kernel_reads_the_cache_as_it_is_stored(chip, name):
     compiled = succeeded(compile_kernels(chip)[name])
     case, _ = KERNELS[name]
-    known = KNOWN_COPIES.get(name, set()) | (OF_CHANNELS if case.boosted_channels else set())
-    assert arrays_not_read(compiled, case) == {f"layer.{field}" for field in known}
+    known = {f"layer.{field}" for field in KNOWN_COPIES.get(name, ())}
+    assert arrays_not_read(compiled, case) == known | of_channels(case)
 
 
 def copying_kernel(devices: Sequence[Any]) -> Iterator[Program]:

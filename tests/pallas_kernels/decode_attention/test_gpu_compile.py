@@ -44,13 +44,17 @@ KERNELS = {
     "kivi4-alibi": Attention(20, 1, 64, 4, 4, alibi=True),
     "kivi-k4v2": Attention(2, 2, 128, 4, 2, group_size=64),
     "kivi-k2v4-f16": Attention(4, 2, 128, 2, 4, group_size=128, dtype="float16"),
+    "boosted": Attention(32, 8, 128, group_size=64, boosted_channels=0.25),
+    "boosted-64": Attention(8, 2, 64, residual_length=64, sink_tokens=32, boosted_channels=0.25),
+    "half-boosted-f16": Attention(4, 2, 128, boosted_channels=0.5, sliding_window=1000, dtype="float16"),
+    "falcon-boosted": Attention(71, 1, 64, group_size=64, boosted_channels=0.25),
     "window-of-32": Attention(8, 2, 64, residual_length=32, sink_tokens=5, sliding_window=300),
 }
 MANY_ROWS = "many-rows"
 KERNELS[MANY_ROWS] = Attention(32, 32, 128, residual_length=32, batch=200, capacity=512)
 # The other GPUs get few, as every program takes seconds.
 ALL = "h100"
-KERNELS_ELSEWHERE = ("llama-3", MANY_ROWS)
+KERNELS_ELSEWHERE = ("llama-3", "boosted", MANY_ROWS)
 
 LOOP = {
     "model_type": "llama",
@@ -84,11 +88,15 @@ def test_kernels_fit_the_registers_and_read_the_cache_as_it_is_stored(name, case
     check_gpu_kernels(succeeded(compile_kernels(name)[case]), KERNELS[case], merged=case != MANY_ROWS)
 
 
-def test_main_loop_stays_cheap():
-    loop = tile_loop(succeeded(compile_kernels(ALL)["llama-3"]), 128)
+@pytest.mark.parametrize(
+    ("case", "channels", "most"), [("llama-3", 2 * 128, 4700), ("boosted", 2 * 128 + 32, 5100)]
+)
+def test_main_loop_stays_cheap(case, channels, most):
+    loop = tile_loop(succeeded(compile_kernels(ALL)[case]), 128)
     # Products of 16 × 8 × 16, keys and values of a tile and no less.
-    assert loop.kinds["tensor"] >= 2 * TILE * 128 / (16 * 16)
-    assert loop.instructions < 4700
+    assert loop.kinds["tensor"] >= TILE * channels / (16 * 16)
+    assert loop.instructions < most
+    assert "local" not in loop.kinds
 
 
 def test_decode_loop_updates_the_state_in_place():

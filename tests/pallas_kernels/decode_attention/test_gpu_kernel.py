@@ -15,6 +15,7 @@ from kivi_jax.kv import KVConfig
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import api, gpu, gpu_codes, gpu_plan
+from tests.further import further
 from tools.oracle import decode_attention as decode_oracle
 from tools.oracle.decode_attention import check_some_kv_heads, edges
 
@@ -122,11 +123,38 @@ def test_many_query_heads_of_a_kv_head(config, shape, settings):
 
 
 @pytest.mark.interpreted
-def test_items_of_a_gpu_of_four_programs(monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "shape", "settings"),
+    [
+        (KVConfig(2, 2, 64, 128, sink_tokens=32, boosted_channels=0.25), (4, 2, 128), {}),
+        (KVConfig(2, 2, 32, 128, boosted_channels=0.25), (4, 2, 64), {"dtype": jnp.float16}),
+        further(KVConfig(2, 2, 32, 256, boosted_channels=0.75), (12, 1, 64), {}),
+        further(KVConfig(2, 4, 128, 128, boosted_channels=0.5), (4, 1, 128), {}),
+        (KVConfig(2, 2, 32, 96, sink_tokens=5, boosted_channels=0.375), (4, 1, 128), {"sliding_window": 300}),
+        (
+            KVConfig(2, 4, 64, 64, boosted_channels=0.25),
+            (20, 1, 64),
+            {"slopes": tuple(0.9**i for i in range(20))},
+        ),
+        further(KVConfig(2, 2, 64, 128, boosted_channels=0.25), (71, 1, 64), {"dtype": jnp.float16}),
+        further(KVConfig(2, 2, 32, 32, 5, boosted_channels=0.25), (17, 1, 128), {"sliding_window": 257}),
+    ],
+    ids=str,
+)
+def test_boosted_channels(config, shape, settings):
+    """Of one piece and of several; with many query heads of a KV head, in the programs of warp groups."""
+    residual = config.residual_length
+    lengths = [*edges(residual, 256, residual + 640), residual + 400]
+    check(config, *shape, lengths, residual + 640, **settings)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("config", [KIVI2, dataclasses.replace(KIVI2, boosted_channels=0.25)], ids=str)
+def test_items_of_a_gpu_of_four_programs(monkeypatch, config):
     """So that an item has many tiles, and not every row as many items."""
     monkeypatch.setattr(gpu_plan, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(gpu_plan, "WARPS_PER_MULTIPROCESSOR", 4)
-    check(KIVI2, 4, 1, 128, [2500, 300, 0, 1281], capacity=2560)
+    check(config, 4, 1, 128, [2500, 300, 0, 1281], capacity=2560)
 
 
 @pytest.fixture
@@ -146,6 +174,8 @@ def gpu_of_one_program(monkeypatch):
         (KVConfig(2, 4, 64, 64), (12, 1, 64), {"slopes": tuple(2.0**-i for i in range(12))}),
         (KVConfig(2, 4, 64, 64), (20, 1, 64), {"slopes": tuple(2.0**-i for i in range(20))}),
         (KVConfig(2, 2, 32, 64, sink_tokens=5), (4, 2, 128), {"sliding_window": 300}),
+        (KVConfig(2, 2, 64, 128, boosted_channels=0.25), (4, 2, 64), {}),
+        further(KVConfig(2, 2, 64, 128, boosted_channels=0.25), (17, 1, 128), {}),
     ],
     ids=str,
 )
@@ -156,7 +186,7 @@ def test_so_many_rows_that_none_is_divided(config, shape, settings):
 
 @pytest.mark.usefixtures("gpu_of_one_program")
 def test_long_rows_begin_first():
-    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 1024, 0, None, False, batch=4)
+    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 1024, 0, None, 0, False, batch=4)
     work, of_rows = gpu_plan.list_work(jnp.asarray([300, 0, 1100, 700]), plan)
     np.testing.assert_array_equal(work["rows"], [2, 3, 0, 1])
     assert (plan.whole_rows, of_rows) == (True, {})
@@ -175,7 +205,7 @@ def test_work_list(monkeypatch, lengths, programs):
     """Every tile of every row is in one item, and every row has its exact tokens once."""
     monkeypatch.setattr(gpu_plan, "MULTIPROCESSORS", programs)
     monkeypatch.setattr(gpu_plan, "WARPS_PER_MULTIPROCESSOR", 1)
-    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 5120, 0, None, False, batch=2)
+    plan = gpu_plan.Plan(4, 2, 128, 2, 2, 32, 128, 5120, 0, None, 0, False, batch=2)
     work, of_rows = gpu_plan.list_work(jnp.asarray(lengths), plan)
     rows, first_tiles, tiles = map(np.asarray, work.values())
     first, packed, exact = map(np.asarray, of_rows.values())
@@ -189,8 +219,9 @@ def test_work_list(monkeypatch, lengths, programs):
     assert (tiles != 0).sum() == packed.sum() + len(lengths)
 
 
-def test_queries_of_some_kv_heads():
-    check_some_kv_heads(decode_attention, KIVI2)
+@pytest.mark.parametrize("config", [KIVI2, dataclasses.replace(KIVI2, boosted_channels=0.25)], ids=str)
+def test_queries_of_some_kv_heads(config):
+    check_some_kv_heads(decode_attention, config)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +231,7 @@ def test_queries_of_some_kv_heads():
         ({"dtype": jnp.float32}, "bfloat16 or both in float16, not float32"),
         ({"config": PRESETS["bf16"]}, "quantized layers only"),
         ({"config": KVConfig(2, 2, 16, 128)}, "group_size of 32, 64 or 128, not 16"),
+        ({"config": KVConfig(2, 2, boosted_channels=0.0625)}, "a multiple of 16, not 8 of a head_dim of 128"),
     ],
 )
 def test_what_it_does_not_cover(change, message):

@@ -17,7 +17,14 @@ from kivi_jax.kv.config import resolve_kv
 from kivi_jax.kv.layer import Layer
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import tpu
-from tests.compiled import arrays_not_read, changing_arrays, check_loop, succeeded
+from tests.compiled import (
+    OF_CHANNELS,
+    arrays_not_read,
+    changing_arrays,
+    check_loop,
+    of_channels,
+    succeeded,
+)
 from tools.offline import tpu_programs
 from tools.offline.compiler import Compiled, Program
 from tools.offline.decode_programs import Attention, loop_state
@@ -74,9 +81,6 @@ KNOWN_COPIES: dict[str, set[str]] = {
     "ring-of-96": {"k_codes", "v_codes", "k_scale", "k_zero"},
     "llama-64-plus": {"k_scale", "k_zero"},
 }
-# Of a layer with boosted channels, what no kernel reads, and XLA may copy: a number for each channel. It orders the
-# queries by the one and adds to the other.
-OF_CHANNELS = {"channels", "query_energy"}
 
 SHAPE = {
     "vocab_size": 256,
@@ -158,8 +162,8 @@ def compile_loops(chip: str) -> dict[str, Compiled | str]:
 @pytest.mark.parametrize(("chip", "name"), on_every_chip(KERNELS, KERNELS_ELSEWHERE))
 def test_kernel_reads_the_cache_as_it_is_stored(chip, name):
     compiled = succeeded(compile_kernels(chip)[name])
-    known = KNOWN_COPIES.get(name, set()) | (OF_CHANNELS if KERNELS[name].boosted_channels else set())
-    assert arrays_not_read(compiled, KERNELS[name]) == {f"layer.{field}" for field in known}
+    known = {f"layer.{field}" for field in KNOWN_COPIES.get(name, ())}
+    assert arrays_not_read(compiled, KERNELS[name]) == known | of_channels(KERNELS[name])
 
 
 @pytest.mark.parametrize(("chip", "name"), on_every_chip(LOOPS, LOOPS_ELSEWHERE))
