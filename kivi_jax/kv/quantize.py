@@ -204,7 +204,7 @@ def _pack_low(
 
 def _low_words(
     low: Int32[Array, "*batch rows lanes"], blocks: int, head_dim: int
-) -> Int32[Array, "*batch T/16 n"]:
+) -> Int32[Array, "*batch words n"]:
     """The words of `low` in token order."""
     *batch, rows, lanes = low.shape
     words = low.reshape(*batch, rows, blocks, lanes // blocks).swapaxes(-2, -3)
