@@ -110,8 +110,8 @@ def test_chips_without_integers(monkeypatch, config, query_heads, head_dim):
     ("generation", "group_size", "share", "query_heads", "heads", "head_dim"),
     [
         (5, 64, 0.25, 8, 2, 128),
-        (5, 64, 0.25, 2, 1, 64),
-        (7, 64, 0.25, 4, 1, 128),
+        (5, 64, 0.25, 1, 1, 64),
+        (7, 64, 0.25, 8, 1, 128),
         (7, 32, 0.25, 4, 2, 64),
         further(6, 32, 0.25, 8, 1, 128),
         further(5, 128, 0.5, 2, 1, 128),
