@@ -16,6 +16,10 @@ from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
 HEAD_DIMS = (64, 128, 256)
 GROUP_SIZES = (32, 64, 128)
 MOST_VMEM = 64 * 2**20  # more helps no kernel
+# Tokens of a block whose lower halves of boosted channels' codes fill the rows of a register.
+LOW_BLOCK = 16 * SUBLANES
+# The top bits of a word's 2-bit fields, in which codes are stored flipped.
+TOP_BITS = 0xAAAAAAAA - 2**32
 
 # Arrays that a kernel reads, by name.
 Inputs = dict[str, tuple[Array, pl.BlockSpec]]
@@ -28,8 +32,12 @@ def check_supported(q: Float[Array, "B T Hq D"], layer: QuantizedLayer) -> None:
         raise NotImplementedError(f"the TPU kernel takes a head_dim of 64, 128 or 256, not {head_dim}")
     if group_size not in GROUP_SIZES:
         raise NotImplementedError(f"the TPU kernel takes groups of 32, 64 or 128, not {group_size}")
-    if layer.config.boosted_channels:
-        raise NotImplementedError("the TPU kernel does not read boosted channels")
+    boosted, residual = layer.config.boosted_of(head_dim), layer.config.residual_length
+    if boosted and (residual != LOW_BLOCK or LANES % boosted):
+        raise NotImplementedError(
+            f"the TPU kernel takes boosted channels with a residual_length of {LOW_BLOCK} and as a number that "
+            f"divides {LANES}, not {boosted} with a residual_length of {residual}"
+        )
     for name, dtype in (("queries", q.dtype), ("a state", layer.window_k.dtype)):
         if dtype != jnp.bfloat16:
             raise NotImplementedError(f"the TPU kernel takes bfloat16, not {name} of {dtype}")
@@ -42,6 +50,11 @@ def vmem_bytes() -> int:
     except ValueError:  # no TPU, or an unknown one
         capacity = MOST_VMEM
     return min(capacity, MOST_VMEM) * 3 // 4
+
+
+def low_tokens(boosted: int) -> int:
+    """Tokens whose lower halves of `boosted` channels' codes fill a register: blocks lie side by side on its lanes."""
+    return LANES // boosted * LOW_BLOCK
 
 
 def ring_on_lanes(residual: int, head_dim: int) -> bool:
@@ -156,6 +169,9 @@ def stored(
         "window_k": ring(layer.window_k),
         "window_v": ring(layer.window_v),
     }
+    if layer.k_low is not None:
+        boosted = config.boosted_of(head_dim)
+        inputs["k_low"] = layer.k_low, spec(3, block // LOW_BLOCK * boosted, SUBLANES)
     if layer.sinks is not None:
         for name, sinks in zip(("sink_k", "sink_v"), layer.sinks, strict=True):
             inputs[name] = sinks, spec(None, config.sink_tokens, head_dim)

@@ -125,6 +125,11 @@ def row_major(buffer: Array) -> Array:
     return jax.lax.platform_dependent(buffer, tpu=on_tpu, cuda=_in_order_of_axes, default=_as_it_is)
 
 
+def in_order_of_axes(buffer: Array) -> Array:
+    """`row_major` for an array that on a TPU fills no whole tiles."""
+    return jax.lax.platform_dependent(buffer, tpu=_in_order_of_axes, default=_as_it_is)
+
+
 def _as_it_is(buffer: Array) -> Array:
     return buffer
 

@@ -26,6 +26,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Int32
 
 from kivi_jax.kv.buffers import (
+    in_order_of_axes,
     put_rows,
     read_blocks,
     set_ring_tokens,
@@ -258,10 +259,13 @@ class QuantizedLayer(Layer):
             )
         packed_k, packed_v = self._pack(ring_k, ring_v, channels)
         flushed_k = self._decoded_keys(packed_k, channels)
-        layer = layer._with_packed(
-            write_block_of_rows(self.keys, packed_k, self._key_axes, rows, slots),
-            write_block_of_rows(self.values, packed_v, VALUE_TOKEN_AXES, rows, slots),
-        )
+        keys = write_block_of_rows(self.keys, packed_k, self._key_axes, rows, slots)
+        if channels is not None:
+            # Channels that are boosted or not are written side by side. At a head_dim of 64 XLA would lay out a TPU's
+            # scales like that, and copy them in every step for the kernel.
+            keys = jax.tree.map(in_order_of_axes, keys)
+        values = write_block_of_rows(self.values, packed_v, VALUE_TOKEN_AXES, rows, slots)
+        layer = layer._with_packed(keys, values)
         window_k = write_rows(self.window_k, flushed_k.astype(ring_k.dtype), rows, first, axis=-2)
         return dataclasses.replace(layer, window_k=window_k)
 

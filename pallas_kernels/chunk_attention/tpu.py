@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
+from kivi_jax.kv.channels import take_channels
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.chunk_attention.tpu_kernel import scratch_buffers, step
@@ -48,7 +49,8 @@ def chunk_attention(
     k, v = heads.of_new(k), heads.of_new(v)
     (batch, new, query_heads, head_dim), kv_heads = q.shape, k.shape[2]
     plan = make_plan(layer, new, query_heads // kv_heads, heads.alibi_slopes is not None)
-    inputs = _inputs(plan, q, k, v, heads.alibi_slopes)
+    channels = None if layer.channels is None else heads.of_stored(layer.channels)
+    inputs = _inputs(plan, q, k, v, channels, heads.alibi_slopes)
     inputs |= stored(layer, plan.keys, plan.values, plan.block, None, _place)
     scratch = scratch_buffers(plan)
     names = (*inputs, "out", *scratch)
@@ -149,7 +151,14 @@ def _packed_blocks(
     return first_block, jnp.where(oldest < end, seen, 0)
 
 
-def _inputs(plan: Plan, q: Array, k: Array, v: Array, alibi_slopes: Slopes | None) -> Inputs:
+def _inputs(
+    plan: Plan,
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    channels: Int[Array, "B H D"] | None,
+    alibi_slopes: Slopes | None,
+) -> Inputs:
     """What comes with the new tokens, by KV head."""
     kv_heads, head_dim = k.shape[2:]
     padding = plan.new_blocks * plan.new_block - k.shape[1]
@@ -159,7 +168,11 @@ def _inputs(plan: Plan, q: Array, k: Array, v: Array, alibi_slopes: Slopes | Non
 
     spec = pl.BlockSpec((None, None, plan.new_block, head_dim), of_new)
     k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (k, v))
-    inputs = {"q": (_to_rows(plan, q, kv_heads), _of_queries(plan)), "new_k": (k, spec), "new_v": (v, spec)}
+    queries = _to_rows(plan, q, kv_heads)
+    inputs = {"q": (queries, _of_queries(plan)), "new_k": (k, spec), "new_v": (v, spec)}
+    if channels is not None:
+        ordered = take_channels(queries.reshape(*queries.shape[:2], -1, head_dim), channels)
+        inputs[plan.packed_queries] = ordered.reshape(queries.shape), _of_queries(plan)
     if alibi_slopes is not None:
         lanes = -(-plan.shared // LANES) * LANES
         slopes = round_to_bfloat16(jnp.asarray(alibi_slopes, jnp.float32)).reshape(kv_heads, 1, plan.shared)

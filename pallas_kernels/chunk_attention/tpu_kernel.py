@@ -112,7 +112,9 @@ class _Step:
                 refs["denominator"][rows] = jnp.zeros((rows.size, LANES), jnp.float32)
                 refs["weighted"][rows] = jnp.zeros((rows.size, plan.lanes), jnp.float32)
                 if plan.halves == 2:
-                    q = refs["q"][rows].astype(jnp.float32)  # whose rows need not be even in number
+                    q = refs[plan.packed_queries][rows].astype(
+                        jnp.float32
+                    )  # whose rows need not be even in number
                     of_halves = [
                         jnp.concatenate(x, axis=1) for x in ((q, jnp.zeros_like(q)), (jnp.zeros_like(q), q))
                     ]
@@ -270,7 +272,7 @@ class _Step:
     def _span_scores(self, rows: Any, place: Array) -> list[Array]:
         """Scores of the decoded tokens of a span that begins at `place`."""
         plan, refs = self.plan, self.refs
-        q = refs["queries"][self._of_both(rows)] if plan.halves == 2 else refs["q"][rows]
+        q = refs["queries"][self._of_both(rows)] if plan.halves == 2 else refs[plan.packed_queries][rows]
         products = dot_transposed(q, decoded(refs["keys"]))
         scores = []
         for half in range(plan.halves):

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import BFloat16
 
+from kivi_jax.pallas_kernels.chunk_attention.tpu_low import low_words
 from kivi_jax.pallas_kernels.chunk_attention.tpu_plan import Plan
 from kivi_jax.pallas_kernels.chunk_attention.tpu_tiles import BFLOAT16_ONE, Tiles
 from kivi_jax.pallas_kernels.tpu_registers import (
@@ -196,7 +197,9 @@ class PackedBlock:
         lanes = pl.ds(column * LANES, LANES)
         start = pl.multiple_of(tile * tiles.word_rows, SUBLANES)
         if tiles.bits == 2:
-            low, high = _halves(tiles, self.refs[name][pl.ds(start, SUBLANES), lanes])
+            boosted = name == "k_codes" and column == 0 and self.plan.boosted
+            of_boosted = low_words(self.plan, self.refs["k_low"], tile) if boosted else None
+            low, high = _halves(tiles, self.refs[name][pl.ds(start, SUBLANES), lanes], of_boosted)
             return [[(x, False), (y, True)] for x, y in zip(low, high, strict=True)]
         self.refs["words"][...] = self.refs[name][pl.ds(start, 2 * SUBLANES), lanes]
         words = [self.refs["words"][pl.ds(i, SUBLANES, stride=2)] for i in range(2)]
@@ -215,9 +218,9 @@ class PackedBlock:
         ]
 
 
-def _halves(tiles: Tiles, words: Array) -> tuple[list[Array], list[Array]]:
-    """`1 + unit · code` of every field of low and high halves, which are off by `_low_half`."""
-    unpacked = tiles.unpack(words)
+def _halves(tiles: Tiles, words: Array, boosted: Array | None = None) -> tuple[list[Array], list[Array]]:
+    """`1 + unit · code` of every field of low and high halves, which are off by `_low_half`; see `Tiles.unpack`."""
+    unpacked = tiles.unpack(words, boosted)
     low, high = [], []
     for i in range(0, unpacked.shape[0], ROWS_16_BIT):
         pairs = pltpu.bitcast(unpacked[i : i + ROWS_16_BIT], jnp.int32)

@@ -5,7 +5,7 @@ import math
 
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.chunk_attention.tpu_tiles import Tiles
-from kivi_jax.pallas_kernels.tpu_layers import heads_beside, ring_on_lanes, vmem_bytes
+from kivi_jax.pallas_kernels.tpu_layers import heads_beside, low_tokens, ring_on_lanes, vmem_bytes
 from kivi_jax.pallas_kernels.tpu_registers import LANES, ROWS_16_BIT, SUBLANES
 
 LOG2_E = math.log2(math.e)
@@ -33,6 +33,7 @@ class Plan:
         keys, values: the packed tiles.
         order: tiles in the order in which tokens are decoded: that of codes of 2 bits, whatever the bits.
         beside: KV heads in a block of scales of values, if each has one channel group (see `tpu_layers`).
+        boosted: key channels of 4 bits, the first ones.
         shared: query heads of a KV head. A row is a query: those of a token follow each other.
         query_blocks: blocks of new tokens whose queries are attended in one go.
         query_tokens: new tokens in such a block.
@@ -50,6 +51,7 @@ class Plan:
     values: Tiles
     order: Tiles
     beside: int
+    boosted: int
     shared: int
     query_blocks: int
     query_tokens: int
@@ -82,6 +84,11 @@ class Plan:
     def columns(self) -> int:
         """Registers side by side that hold a token's channels."""
         return self.lanes // LANES
+
+    @property
+    def packed_queries(self) -> str:
+        """The input with queries in the order of packed keys' channels."""
+        return "packed_q" if self.boosted else "q"
 
     @property
     def pass_rows(self) -> int:
@@ -119,7 +126,8 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
     keys, values, order = (
         Tiles(bits, group_size, head_dim) for bits in (config.key_bits, config.value_bits, 2)
     )
-    most = max(int(QUERY_SHARE * vmem_bytes()) // _bytes_of_row(order) // shared, 1)
+    boosted = config.boosted_of(head_dim)
+    most = max(int(QUERY_SHARE * vmem_bytes()) // _bytes_of_row(order, boosted) // shared, 1)
     query_blocks = -(-new // most)
     query_tokens = -(-new // query_blocks)
     used_rows = query_tokens * shared
@@ -134,11 +142,14 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
         span //= 2
     # The scales of a block's keys fill whole tiles of 16-bit rows.
     block = max(ROWS_16_BIT * group_size, min(SPANS * span, _round_up(capacity, span)))
+    if boosted:
+        block = _round_up(block, low_tokens(boosted))
     return Plan(
         keys=keys,
         values=values,
         order=order,
         beside=heads_beside(1, layer.num_kv_heads),
+        boosted=boosted,
         shared=shared,
         query_blocks=query_blocks,
         query_tokens=query_tokens,
@@ -157,10 +168,13 @@ def make_plan(layer: QuantizedLayer, new: int, shared: int, alibi: bool) -> Plan
     )
 
 
-def _bytes_of_row(tiles: Tiles) -> int:
-    """VMEM for a row of queries: it and its output, twice as for all that comes and goes, and its softmax."""
+def _bytes_of_row(tiles: Tiles, boosted: int) -> int:
+    """VMEM for a row of queries: it, in one order or in two, and its output, twice as for all that comes and goes, and
+    its softmax.
+    """
     copies = tiles.halves if tiles.halves > 1 else 0
-    return (2 * 2 + copies) * 2 * tiles.lanes + 4 * tiles.lanes + 2 * 4 * LANES
+    arrays = 3 if boosted else 2
+    return (2 * arrays + copies) * 2 * tiles.lanes + 4 * tiles.lanes + 2 * 4 * LANES
 
 
 def _round_up(x: int, unit: int) -> int:

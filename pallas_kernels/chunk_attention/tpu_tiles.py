@@ -41,8 +41,12 @@ class Tiles(PackedTiles):
     def middle_code(self) -> float:
         return (2**self.bits - 1) / 2
 
-    def unpack(self, words: Int32[Array, "word_rows lanes"]) -> BFloat16[Array, "tile lanes"]:
-        """`1 + unit · code` of a tile's codes."""
+    def unpack(
+        self, words: Int32[Array, "word_rows lanes"], low: Int32[Array, "word_rows lanes"] | None = None
+    ) -> BFloat16[Array, "tile lanes"]:
+        """`1 + unit · code` of a tile's codes; with lower halves of 4-bit codes in words, whose fields are not flipped,
+        `1 + unit · (code + low / 4)`.
+        """
         ones = 0x00010001  # both halves of a word
         mask = (2**self.bits - 1) << self._low_bit
         # Codes are stored with their top bit flipped.
@@ -52,13 +56,10 @@ class Tiles(PackedTiles):
             rows = words[first : first + SUBLANES]
             for field in range(self.fields):
                 left = self._low_bit - self.bits * field
-                if left > 0:
-                    shifted = rows << left
-                elif left < 0:
-                    shifted = jax.lax.shift_right_logical(rows, jnp.full_like(rows, -left))
-                else:
-                    shifted = rows
-                unpacked.append(pltpu.bitcast((shifted & ones * mask) ^ ones * base, jnp.bfloat16))
+                bits = (_shifted(rows, left) & ones * mask) ^ ones * base
+                if low is not None:
+                    bits |= _shifted(low, left - self.bits) & ones * (mask >> self.bits)
+                unpacked.append(pltpu.bitcast(bits, jnp.bfloat16))
         return jnp.concatenate(unpacked, axis=0)
 
     def token_of_lane(self, half: int) -> Int32[Array, "sublanes lanes"]:
@@ -75,3 +76,9 @@ class Tiles(PackedTiles):
     @property
     def _field_bits(self) -> int:
         return self.fields.bit_length() - 1
+
+
+def _shifted(words: Array, left: int) -> Array:
+    if left < 0:
+        return jax.lax.shift_right_logical(words, jnp.full_like(words, -left))
+    return words << left if left else words

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
+from kivi_jax.kv.channels import take_channels
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.alibi import Slopes
 from kivi_jax.pallas_kernels.chunk_attention import tpu as chunk_attention
@@ -51,7 +52,8 @@ def decode_attention(
     kv_heads = k.shape[1]
     shared = query_heads // kv_heads
     plan = make_plan(layer, shared, kv_heads, heads.alibi_slopes is not None)
-    inputs = _inputs(plan, q, k, v, heads.alibi_slopes)
+    channels = None if layer.channels is None else heads.of_stored(layer.channels)
+    inputs = _inputs(plan, q, k, v, channels, heads.alibi_slopes)
     inputs |= stored(layer, plan.keys, plan.values, plan.block, plan.heads, _place)
     scratch = scratch_buffers(plan)
     names = (*inputs, "out", *scratch)
@@ -112,7 +114,14 @@ def _list_work(lengths: Int[Array, " B"], plan: Plan) -> tuple[tuple[Array, Arra
     return work, jnp.maximum(ends[-1], 1).astype(jnp.int32)
 
 
-def _inputs(plan: Plan, q: Array, k: Array, v: Array, alibi_slopes: Slopes | None) -> Inputs:
+def _inputs(
+    plan: Plan,
+    q: Float[Array, "B Hq D"],
+    k: Float[Array, "B H D"],
+    v: Float[Array, "B H D"],
+    channels: Int[Array, "B H D"] | None,
+    alibi_slopes: Slopes | None,
+) -> Inputs:
     """What comes with the new token, by KV head."""
     kv_heads = k.shape[1]
 
@@ -128,9 +137,15 @@ def _inputs(plan: Plan, q: Array, k: Array, v: Array, alibi_slopes: Slopes | Non
         return x, pl.BlockSpec((None, plan.heads, *x.shape[2:]), _of_row)
 
     queries = by_kv_head(q)
+    inputs = {"new": with_spec(jnp.stack([k, v], axis=2))}
+    middle_code: Any = plan.keys.middle_code
+    if channels is not None:
+        inputs["q"] = with_spec(queries)
+        queries = take_channels(queries, channels)
+        boosted = jnp.arange(plan.head_dim) < plan.boosted
+        middle_code = jnp.where(boosted, plan.keys.boosted_middle_code, middle_code).astype(q.dtype)
     # For products with zeros and scales side by side, whose sum is that with what the middle code decodes to.
-    queries = jnp.concatenate([queries, queries * plan.keys.middle_code], axis=3)
-    inputs = {"q": with_spec(queries), "new": with_spec(jnp.stack([k, v], axis=2))}
+    inputs[plan.packed_queries] = with_spec(jnp.concatenate([queries, queries * middle_code], axis=3))
     if alibi_slopes is not None:
         slopes = by_kv_head(jnp.asarray(alibi_slopes, jnp.float32)[None])[0]
         slopes = jnp.broadcast_to(slopes, (*slopes.shape[:2], LANES))

@@ -16,10 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int8, Int32
 
 from kivi_jax.pallas_kernels.decode_attention import tpu_pieces
-from kivi_jax.pallas_kernels.tpu_layers import PackedTiles
+from kivi_jax.pallas_kernels.tpu_layers import TOP_BITS, PackedTiles
 from kivi_jax.pallas_kernels.tpu_registers import LANES, ROWS_8_BIT, SUBLANES
 
 BYTE_BITS = 8
+LOW_FIELDS = 0x30303030  # a quarter of what a byte's top field is worth
 
 
 class Tiles(PackedTiles):
@@ -51,6 +52,11 @@ class Tiles(PackedTiles):
         return 2 ** (self.bits - 1)
 
     @property
+    def boosted_middle_code(self) -> float:
+        """The same of a code to which `unpack_low` adds a quarter."""
+        return float(self.middle_code)
+
+    @property
     def _fields(self) -> int:
         """Codes in a byte."""
         return BYTE_BITS // self.bits
@@ -64,6 +70,15 @@ class Tiles(PackedTiles):
                 shift = BYTE_BITS - self.bits * (field + 1)
                 rows = words[first : first + SUBLANES]
                 unpacked.append(pltpu.bitcast((rows << shift if shift else rows) & mask, jnp.int8))
+        return jnp.concatenate(unpacked, axis=0)
+
+    def unpack_low(self, words: Int32[Array, "word_rows lanes"]) -> Int8[Array, "128 lanes"]:
+        """`unit · low / 4` of lower halves of 4-bit codes."""
+        words = words ^ TOP_BITS
+        unpacked = []
+        for left in (4, 2, 0, -2):
+            moved = words << left if left >= 0 else words >> -left
+            unpacked.append(pltpu.bitcast(moved & LOW_FIELDS, jnp.int8))
         return jnp.concatenate(unpacked, axis=0)
 
     def split(self, numbers: Mapping[int, Array], scratch: Any, interpret: bool) -> list[Array]:

@@ -19,6 +19,8 @@ from kivi_jax.pallas_kernels.tpu_registers import SUBLANES, split_lanes
 ONES = 0x38383838  # four times the number 1
 FIELDS = 0x06060606  # the mantissas' upper two bits
 TOP_BITS = 0x04040404  # of codes, which are stored flipped
+LOW_FIELDS = 0x03030303  # the mantissas' lower two bits
+LOW_BASE = 0xB5B5B5B5 - 2**32  # -3/4, and the lower bit of 3 - low, whose upper one is as it is stored
 
 
 class Float8Tiles(Tiles):
@@ -30,6 +32,7 @@ class Float8Tiles(Tiles):
     most: ClassVar[float] = 240.0  # the largest number is 448
     unit: ClassVar[float] = 1 / 4
     middle_code: ClassVar[int] = -4
+    boosted_middle_code: ClassVar[float] = -1 / 4
 
     def unpack(self, words: Int32[Array, "word_rows lanes"]) -> Float8e4m3fn[Array, "128 lanes"]:
         """`1 + code / 4` of a tile's codes."""
@@ -38,6 +41,16 @@ class Float8Tiles(Tiles):
             left = 1 - 2 * field
             moved = words << left if left > 0 else words >> -left
             unpacked.append(pltpu.bitcast((moved & FIELDS) ^ (ONES | TOP_BITS), self.dtype))
+        return jnp.concatenate(unpacked, axis=0)
+
+    def unpack_low(self, words: Int32[Array, "word_rows lanes"]) -> Float8e4m3fn[Array, "128 lanes"]:
+        """`(low - 15) / 16` of lower halves of 4-bit codes: `-(1.5 + (3 - low) / 8) / 2`, with 3 - low in the lower two
+        bits of the mantissa. With `1 + code / 4` the middle code is a power of two, so queries times it are exact.
+        """
+        unpacked = []
+        for field in range(4):
+            moved = words >> 2 * field if field else words
+            unpacked.append(pltpu.bitcast((moved & LOW_FIELDS) ^ LOW_BASE, self.dtype))
         return jnp.concatenate(unpacked, axis=0)
 
     def split(self, numbers: Mapping[int, Array], scratch: Any, interpret: bool) -> list[Array]:

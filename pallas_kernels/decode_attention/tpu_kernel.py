@@ -178,7 +178,7 @@ class Exact(NamedTuple):
 def exact_scores(call: Call, head: Array) -> tuple[Array, list[Exact]]:
     """The score of the new token, and those of the ring and of the sinks."""
     plan, refs = call.plan, call.refs
-    q = refs["q"][head, :, : plan.head_dim]
+    q = refs["q"][head, :, : plan.head_dim]  # where they are not the packed ones, it is all
 
     def finish(products: Array, token: Array) -> Array:
         scores = products * plan.score_scale

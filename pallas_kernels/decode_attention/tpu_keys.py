@@ -9,6 +9,7 @@ Strips are 128 tokens on the lanes, a tile or the half of one. Two of them share
 a set of query heads, twice.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from kivi_jax.pallas_kernels.decode_attention import tpu_pieces
+from kivi_jax.pallas_kernels.decode_attention import tpu_low, tpu_pieces
 from kivi_jax.pallas_kernels.decode_attention.tpu_call import Call
+from kivi_jax.pallas_kernels.decode_attention.tpu_pieces import Sums
 from kivi_jax.pallas_kernels.decode_attention.tpu_plan import SPAN_GROUPS, TINY
 from kivi_jax.pallas_kernels.tpu_registers import (
     HALF,
@@ -45,7 +47,7 @@ def prepare_queries(call: Call, heads: list[Array]) -> None:
         group = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 0)
         # Groups past the last token may hold anything, even NaN.
         largest = jnp.where(group * keys.group_size < call.used, scale, 0).max(0, keepdims=True)
-        q = refs["q"][head, :, : plan.head_dim].astype(jnp.float32)
+        q = refs[plan.packed_queries][head, :, : plan.head_dim].astype(jnp.float32)
         factor = keys.most / jnp.maximum((jnp.abs(q) * largest).max(1, keepdims=True), TINY)
         q = q * factor
         if keys.halves == 2:
@@ -61,7 +63,7 @@ def prepare_middles(call: Call, u: int, head: Array, span: Array) -> None:
     """Stores the products of the queries with the middles of a span's groups."""
     plan, refs = call.plan, call.refs
     scale, zero = (refs[name][head, _groups_of(span)] for name in ("k_scale", "k_zero"))
-    products = dot_transposed(refs["q"][head], jnp.concatenate([zero, scale], axis=1))
+    products = dot_transposed(refs[plan.packed_queries][head], jnp.concatenate([zero, scale], axis=1))
     refs["middles"][u, :, :SPAN_GROUPS] = products * plan.score_scale
 
 
@@ -111,11 +113,14 @@ def _products(call: Call, u: int, head: Array, span: Array) -> list[list[Array]]
     tokens_of_half = HALF * keys.group_size
     at_once = 2 if tokens_of_half < keys.tokens or (plan.wide and tokens_of_half == keys.tokens) else 1
     tiles = at_once * tokens_of_half // keys.tokens
+    together = tpu_low.registers_together(plan) if plan.boosted else 1
     strips = []
     for number in range(SPAN_GROUPS // HALF // at_once):
         register, half_of_words = divmod(number * at_once, 2)
-        if half_of_words == 0:  # not all registers' at first, which would have to be kept
-            pieces = _pieces(call, u, head, register, scale)
+        if half_of_words == 0 and register % together == 0:  # not all at first, which would have to be kept
+            of_registers = [_pieces(call, u, head, register + i, scale) for i in range(together)]
+            low = tpu_low.sums(call, head, span, register, of_registers) if plan.boosted else {}
+        pieces = of_registers[register % together]
         left = [
             tpu_pieces.whole(of_register, keys.dtype)
             if at_once == 2
@@ -128,10 +133,15 @@ def _products(call: Call, u: int, head: Array, span: Array) -> list[list[Array]]
         )
         for i, of_tile in enumerate(split_lanes(product)):
             for half in range(keys.halves):
-                rows = [
-                    _own_rows(call, of_tile, (set_number * keys.halves + half) * left[0].shape[0], at_once, i)
-                    for set_number in range(plan.sets)
-                ]
+                rows = []
+                for set_number in range(plan.sets):
+                    first = (set_number * keys.halves + half) * left[0].shape[
+                        0
+                    ] + i * keys.groups // 2 * SUBLANES
+                    sums = [Sums(of_tile, first, at_once * ROWS_8_BIT // 2)]
+                    if plan.boosted:
+                        sums.append(low[number * tiles + i, half, set_number])
+                    rows.append(_own_rows(call, sums))
                 strips.append(rows)
     return strips
 
@@ -152,14 +162,13 @@ def _pieces(call: Call, u: int, head: Array, register: int, scale: Array) -> lis
     return pieces
 
 
-def _own_rows(call: Call, product: Array, start: int, at_once: int, tile: int) -> Array:
-    """Of a tile's products, from row `start` on, the register with two groups that has the lane's own."""
+def _own_rows(call: Call, sums: list[Sums]) -> Array:
+    """Of a tile's products, which are added up, the register with two groups that has the lane's own."""
     keys = call.plan.keys
-    first, last = tile * keys.groups // 2, (tile * keys.groups + keys.groups + 1) // 2
     pairs = []
-    for i in range(first, last):
-        rows = [start + piece * at_once * ROWS_8_BIT // 2 + i * SUBLANES for piece in range(keys.pieces)]
-        pairs.append(keys.join([product[row : row + SUBLANES] for row in rows]))
+    for i in range(max(keys.groups // 2, 1)):
+        of_pair = [x.of_pair(i, keys.pieces) for x in sums]
+        pairs.append(keys.join([functools.reduce(jnp.add, x) for x in zip(*of_pair, strict=True)]))
     return select_by(keys.group_of_lane() >> 1, pairs)
 
 

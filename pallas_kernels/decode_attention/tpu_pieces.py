@@ -5,19 +5,39 @@ numbers with four times the rows: row 4 · s + b is row s of register b.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from kivi_jax.pallas_kernels.tpu_registers import by_half, swap_halves
+from kivi_jax.pallas_kernels.tpu_registers import SUBLANES, by_half, swap_halves
 
 # Numbers from 2^23 to 2^24 have a last bit of 1, so adding this rounds a much smaller one, and its last two bytes are
 # then those of x + 128: the high one is rounded to nearest, and the low one is flipped in its top bit.
 ROUND = 1.5 * 2**23 + 128
 FLIP = 0x80808080 - 2**32
 EVEN_BYTES, ODD_BYTES = 0x00FF00FF, 0xFF00FF00 - 2**32
+
+
+class Sums(NamedTuple):
+    """Products of the pieces of numbers with codes, of which rows hold those of pairs of key groups.
+
+    Attributes:
+        products: registers with tokens on the lanes.
+        first: the first piece's row of the first pair.
+        piece_rows: from a piece's rows to the next one's.
+    """
+
+    products: Array
+    first: int
+    piece_rows: int
+
+    def of_pair(self, number: int, pieces: int) -> list[Array]:
+        """A register for each piece."""
+        rows = [self.first + number * SUBLANES + piece * self.piece_rows for piece in range(pieces)]
+        return [self.products[row : row + SUBLANES] for row in rows]
 
 
 def fixed_point(numbers: Mapping[int, Array], interpret: bool) -> list[Array]:

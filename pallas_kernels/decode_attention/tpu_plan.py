@@ -10,7 +10,7 @@ from jaxtyping import Int32
 from kivi_jax.kv.quantized import QuantizedLayer
 from kivi_jax.pallas_kernels.decode_attention.tpu_codes import Tiles
 from kivi_jax.pallas_kernels.decode_attention.tpu_float8 import Float8Tiles
-from kivi_jax.pallas_kernels.tpu_layers import heads_beside, ring_on_lanes, vmem_bytes
+from kivi_jax.pallas_kernels.tpu_layers import heads_beside, low_tokens, ring_on_lanes, vmem_bytes
 from kivi_jax.pallas_kernels.tpu_registers import LANES, SUBLANES
 
 LOG2_E = math.log2(math.e)
@@ -46,6 +46,7 @@ class Plan:
 
     Attributes:
         keys, values: the packed tiles.
+        boosted: key channels of 4 bits, the first ones.
         shared: query heads of a KV head.
         wide: whether a matrix unit takes the keys of two tiles at once.
         span: tokens of each head in a pass of the main loop.
@@ -62,6 +63,7 @@ class Plan:
 
     keys: Tiles
     values: Tiles
+    boosted: int
     shared: int
     wide: bool
     span: int
@@ -79,6 +81,11 @@ class Plan:
     @property
     def head_dim(self) -> int:
         return self.keys.head_dim
+
+    @property
+    def packed_queries(self) -> str:
+        """The input with queries in the order of packed keys' channels."""
+        return "packed_q" if self.boosted else "q"
 
     @property
     def sets(self) -> int:
@@ -170,10 +177,13 @@ def make_plan(layer: QuantizedLayer, shared: int, kv_heads: int, alibi: bool) ->
     unroll = max(count for count in range(1, min(most, heads) + 1) if heads % count == 0)
     # Rows are read in whole blocks, which therefore stay below the capacity.
     fitting = min(PASSES * unroll // heads, in_vmem // heads, capacity // (2 * span))
-    spans = 2 ** (max(fitting, 1).bit_length() - 1)
+    boosted = config.boosted_of(head_dim)
+    least = low_tokens(boosted) // span if boosted else 1  # whole registers of lower halves
+    spans = 2 ** (max(fitting, least, 1).bit_length() - 1)
     return Plan(
         keys=keys,
         values=values,
+        boosted=boosted,
         shared=shared,
         wide=generation >= 6,
         span=span,

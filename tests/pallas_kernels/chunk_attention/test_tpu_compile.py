@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from kivi_jax.pallas_kernels.chunk_attention import tpu
-from tests.compiled import arrays_not_read, succeeded
+from tests.compiled import arrays_not_read, of_channels, succeeded
 from tools.offline.compiler import Compiled, Program
 from tools.offline.decode_programs import Attention
 from tools.offline.tpu_compiler import CHIPS, compile_programs
@@ -40,11 +40,15 @@ KERNELS = {
     "ring-of-160": (Attention(32, 8, 128, residual_length=160, capacity=2560), 64),
     "window-sinks": (Attention(32, 8, 128, sink_tokens=4, sliding_window=1000), 64),
     "alibi": (Attention(32, 8, 128, alibi=True), 300),
+    "boosted": (Attention(32, 8, 128, group_size=64, sink_tokens=32, boosted_channels=0.25), 100),
+    "boosted-64": (Attention(32, 8, 64, boosted_channels=0.25), 64),
+    "boosted-token": (Attention(71, 1, 64, boosted_channels=0.5, capacity=8192), 1),
+    "boosted-256": (Attention(8, 4, 256, boosted_channels=0.5), 64),
     "alibi-of-many": (Attention(130, 1, 128, alibi=True), 5),
     "one-head": (Attention(1, 1, 128, batch=1, capacity=128), 1),
 }
 # What XLA copies for this kernel as for that of decode attention.
-KNOWN_COPIES = {"falcon-token": {"k_scale", "k_zero"}}
+KNOWN_COPIES = {"falcon-token": {"k_scale", "k_zero"}, "boosted-token": {"k_scale", "k_zero"}}
 # The other chips get what differs in layout or arithmetic.
 ALL = "v5e"
 KERNELS_ELSEWHERE = (
@@ -55,6 +59,8 @@ KERNELS_ELSEWHERE = (
     "kivi-k4v2",
     "groups-of-64-in-64",
     "window-sinks",
+    "boosted",
+    "boosted-64",
 )
 
 
@@ -71,8 +77,9 @@ def compile_kernels(chip: str) -> dict[str, Compiled | str]:
 )
 def test_kernel_reads_the_cache_as_it_is_stored(chip, name):
     compiled = succeeded(compile_kernels(chip)[name])
+    case, _ = KERNELS[name]
     known = {f"layer.{field}" for field in KNOWN_COPIES.get(name, ())}
-    assert arrays_not_read(compiled, KERNELS[name][0]) == known
+    assert arrays_not_read(compiled, case) == known | of_channels(case)
 
 
 def copying_kernel(devices: Sequence[Any]) -> Iterator[Program]:

@@ -17,6 +17,7 @@ from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.chunk_attention import api, tpu, tpu_plan
 from kivi_jax.pallas_kernels.heads import Heads
+from tests.further import further
 from tools.oracle import chunk_attention as chunk_oracle
 from tools.oracle.decode_attention import NMSE, compare, stored
 
@@ -66,6 +67,31 @@ def test_shapes(query_heads, heads, head_dim):
 )
 def test_configs(config, head_dim):
     check(config, 4, 2, head_dim, [config.residual_length + 1, 700], [20, 17], capacity=800)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("group_size", "share", "head_dim"),
+    [
+        (64, 0.25, 128),
+        (32, 0.25, 64),
+        further(128, 0.5, 128),
+        further(64, 0.5, 64),
+        further(64, 0.25, 256),
+        further(32, 0.5, 256),
+    ],
+)
+def test_boosted_channels(group_size, share, head_dim):
+    config = KVConfig(2, 2, group_size, 128, sink_tokens=5, boosted_channels=share)
+    check(config, 4, 2, head_dim, [0, 127, 129, 1290], [20, 1, 17, 9], capacity=1300)
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("small_blocks")
+def test_boosted_channels_in_a_window():
+    """Of a ring of three blocks, which a row of 1200 tokens has been around."""
+    config = KVConfig(2, 2, 32, 128, boosted_channels=0.25)
+    check(config, 2, 1, 128, [0, 300, 1200], [40, 20, 30], capacity=1300, sliding_window=300)
 
 
 @pytest.mark.interpreted

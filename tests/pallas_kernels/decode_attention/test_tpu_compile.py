@@ -17,7 +17,14 @@ from kivi_jax.kv.config import resolve_kv
 from kivi_jax.kv.layer import Layer
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import tpu
-from tests.compiled import arrays_not_read, changing_arrays, check_loop, succeeded
+from tests.compiled import (
+    OF_CHANNELS,
+    arrays_not_read,
+    changing_arrays,
+    check_loop,
+    of_channels,
+    succeeded,
+)
 from tools.offline import tpu_programs
 from tools.offline.compiler import Compiled, Program
 from tools.offline.decode_programs import Attention, loop_state
@@ -57,6 +64,10 @@ KERNELS = {
     "smollm2": Attention(9, 3, 64),
     "window-sinks": Attention(32, 8, 128, sink_tokens=4, sliding_window=1000),
     "alibi": Attention(32, 8, 128, alibi=True),
+    "boosted": Attention(32, 8, 128, group_size=64, sink_tokens=32, boosted_channels=0.25),
+    "boosted-half": Attention(32, 8, 128, boosted_channels=0.5),
+    "boosted-64": Attention(32, 8, 64, boosted_channels=0.25),
+    "boosted-256": Attention(8, 4, 256, group_size=128, boosted_channels=0.25),
     "one-head": Attention(1, 1, 128, batch=1, capacity=128),
 }
 
@@ -68,6 +79,7 @@ KNOWN_COPIES: dict[str, set[str]] = {
     "llama-64-groups-of-64-of-12": {"k_scale", "k_zero", "v_scale", "v_zero"},
     "groups-of-64-in-64-of-12": {"v_scale", "v_zero"},
     "ring-of-96": {"k_codes", "v_codes", "k_scale", "k_zero"},
+    "llama-64-plus": {"k_scale", "k_zero"},
 }
 
 SHAPE = {
@@ -99,6 +111,8 @@ LOOPS = {
         "kv": {"key_bits": 2, "value_bits": 2, "group_size": 128},
     },
     "llama-sinks": {"model_type": "llama", "config": SHAPE, "kv": "kivi2-sinks"},
+    "llama-plus": {"model_type": "llama", "config": SHAPE, "kv": "kivi2-plus"},
+    "llama-64-plus": {"model_type": "llama", "config": SHAPE | {"head_dim": 64}, "kv": "kivi2-plus"},
     "mistral-window": {
         "model_type": "mistral",
         "config": SHAPE | {"sliding_windows": [4096, 4096]},
@@ -112,7 +126,16 @@ LOOPS = {
 }
 # The other chips get what differs in layout or arithmetic, as every program takes most of a second.
 ALL = "v5e"
-KERNELS_ELSEWHERE = ("llama-3", "falcon", "head_dim-256", "kivi-k4v2", "groups-of-64-in-64", "window-sinks")
+KERNELS_ELSEWHERE = (
+    "llama-3",
+    "falcon",
+    "head_dim-256",
+    "kivi-k4v2",
+    "groups-of-64-in-64",
+    "window-sinks",
+    "boosted",
+    "boosted-64",
+)
 LOOPS_ELSEWHERE = ("llama",)
 # So many that XLA cannot fetch the state into faster memory as a whole.
 LOOP_ROWS, LOOP_CAPACITY = 16, 16384
@@ -140,14 +163,14 @@ def compile_loops(chip: str) -> dict[str, Compiled | str]:
 def test_kernel_reads_the_cache_as_it_is_stored(chip, name):
     compiled = succeeded(compile_kernels(chip)[name])
     known = {f"layer.{field}" for field in KNOWN_COPIES.get(name, ())}
-    assert arrays_not_read(compiled, KERNELS[name]) == known
+    assert arrays_not_read(compiled, KERNELS[name]) == known | of_channels(KERNELS[name])
 
 
 @pytest.mark.parametrize(("chip", "name"), on_every_chip(LOOPS, LOOPS_ELSEWHERE))
 def test_decode_loop_updates_the_state_in_place(chip, name):
     compiled = succeeded(compile_loops(chip)[name])
     state = loop_state(**LOOPS[name], batch=LOOP_ROWS, capacity=LOOP_CAPACITY)
-    check_loop(compiled, state, KNOWN_COPIES.get(name, set()))
+    check_loop(compiled, state, KNOWN_COPIES.get(name, set()) | OF_CHANNELS)
 
 
 CHANGES = {
@@ -194,6 +217,7 @@ def layer_of_chunk(kv: str, head_dim: int, window: int | None) -> Layer:
         ("kivi2", 64, None),
         ("kivi2-sinks", 128, 4096),
         ("kivi4", 128, None),
+        ("kivi2-plus", 128, None),
     ],
 )
 def test_a_chunk_is_appended_in_place(kv, head_dim, window):

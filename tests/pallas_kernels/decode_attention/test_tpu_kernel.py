@@ -16,10 +16,13 @@ from kivi_jax.kv import KVConfig, KVState
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import api, tpu, tpu_plan
+from tests.further import further
 from tools.oracle import decode_attention as decode_oracle
 from tools.oracle.decode_attention import check_some_kv_heads, compare, edges, stored
 
 KIVI2 = PRESETS["kivi2"]
+# Not rotated: `api` rotates, not the kernel.
+PLUS = dataclasses.replace(PRESETS["kivi2-plus"], rotated_values=False)
 decode_attention = functools.partial(tpu.decode_attention, interpret=True)
 check = functools.partial(decode_oracle.check, decode_attention, nmse=1e-6, beyond_rounding=True)
 
@@ -102,6 +105,52 @@ def test_chips_without_integers(monkeypatch, config, query_heads, head_dim):
 
 
 @pytest.mark.interpreted
+@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize(
+    ("generation", "group_size", "share", "query_heads", "heads", "head_dim"),
+    [
+        (5, 64, 0.25, 8, 2, 128),
+        (5, 64, 0.25, 1, 1, 64),
+        (7, 64, 0.25, 8, 1, 128),
+        (7, 32, 0.25, 4, 2, 64),
+        further(6, 32, 0.25, 8, 1, 128),
+        further(5, 128, 0.5, 2, 1, 128),
+        further(6, 64, 0.5, 3, 1, 64),
+        further(5, 32, 0.5, 2, 1, 256),
+        further(7, 64, 0.25, 2, 1, 256),
+        further(7, 128, 0.25, 3, 1, 256),
+    ],
+)
+def test_boosted_channels(monkeypatch, generation, group_size, share, query_heads, heads, head_dim):
+    """Low words of one to eight blocks fill a register; two spans share one with groups of 32 at a head_dim of 64."""
+    monkeypatch.setattr(tpu_plan, "_chip", lambda: (generation, 1))
+    config = KVConfig(2, 2, group_size, 128, boosted_channels=share)
+    block = 16 * group_size
+    check(config, query_heads, heads, head_dim, edges(128, block, block + 520), capacity=block + 520)
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.parametrize("window", [300, further(5000)])
+def test_boosted_channels_in_windows_and_beside_sinks(window):
+    """With a window of 300 tokens the ring is of three blocks, on other lanes each time that a row comes around."""
+    lengths = [0, 20, 127, 129, window, 1000, 1290]
+    check(PLUS, 4, 2, 128, [min(x, 1290) for x in lengths], capacity=1300, sliding_window=window, nmse=2e-6)
+
+
+@pytest.mark.interpreted
+def test_boosted_channels_of_many_queries():
+    decode_oracle.check(decode_attention, PLUS, 71, 1, 64, [129, 800], capacity=900)
+
+
+@pytest.mark.interpreted
+def test_rotated_values():
+    attend = functools.partial(api.decode_attention, implementation="pallas_tpu")
+    check = functools.partial(decode_oracle.check, attend, nmse=1e-5)
+    check(PRESETS["kivi2-plus"], 2, 1, 128, [40, 700], capacity=800)
+
+
+@pytest.mark.interpreted
 def test_steps_of_several_spans(monkeypatch):
     """And of one KV head of two, as where two cores share a grid."""
     monkeypatch.setattr(tpu_plan, "_chip", lambda: (4, 2))
@@ -138,8 +187,9 @@ def test_position_biases(query_heads, heads, head_dim):
 
 
 @pytest.mark.usefixtures("one_head_at_a_time")
-def test_queries_of_some_kv_heads():
-    check_some_kv_heads(decode_attention, KIVI2)
+@pytest.mark.parametrize("config", [KIVI2, PLUS], ids=str)
+def test_queries_of_some_kv_heads(config):
+    check_some_kv_heads(decode_attention, config)
 
 
 @pytest.mark.interpreted
@@ -159,9 +209,10 @@ def test_heads_of_one_channel_group(query_heads, heads):
 
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("one_head_at_a_time")
-def test_places_without_tokens_may_hold_anything():
+@pytest.mark.parametrize("config", [KIVI2, KVConfig(2, 2, 32, 128, boosted_channels=0.25)], ids=str)
+def test_places_without_tokens_may_hold_anything(config):
     """Scales beyond a row's tokens are not numbers here, and codes any."""
-    layer, state = stored(KIVI2, 2, 128, [200, 500], 600)
+    layer, state = stored(config, 2, 128, [200, 500], 600)
     beyond = jnp.arange(layer.v_scale.shape[3]) >= jnp.asarray([128, 384])[:, None]
     poisoned = dataclasses.replace(
         layer,
@@ -226,6 +277,8 @@ def test_scales_that_differ_much(monkeypatch, generation):
         ({"head_dim": 96}, "head_dim of 64, 128 or 256, not 96"),
         ({"dtype": jnp.float32}, "bfloat16, not queries of float32"),
         ({"config": KVConfig(2, 2, group_size=16, residual_length=32)}, "groups of 32, 64 or 128, not 16"),
+        ({"config": KVConfig(2, 2, 64, 64, boosted_channels=0.25)}, "residual_length of 128 and"),
+        ({"config": KVConfig(2, 2, boosted_channels=0.75)}, "divides 128, not 96"),
         ({"config": PRESETS["bf16"]}, "quantized layers only"),
     ],
 )
