@@ -33,7 +33,7 @@ FURTHER = [
     "falcon_7b",
     "falcon_40b",
 ]
-PLUS = KVConfig(2, 2, 16, 32, sink_tokens=3, boosted_channels=0.25, rotated_values=True)
+PLUS = KVConfig(2, 2, 16, 32, sink_tokens=4, boosted_channels=0.25, rotated_values=True)
 CONFIGS = ["bf16", SHORT, SINKS, PLUS, further(MIXED), further("kivi2"), further("kivi2-sinks")]
 
 

@@ -53,7 +53,10 @@ def test_commands(chatty_folder, chatty):
     assert kivi2.removeprefix("> ").startswith("kivi2: ")
     assert bf16.removeprefix("> ").startswith("bf16: ")
     assert ended.stdout.count("the cache is bf16, of kivi2-plus, kivi2-plus-g32, bf16, ") == 1
-    assert ended.stdout.count("the cache is bf16; kv must be one of 'kivi2-plus', 'kivi2-plus-g32', 'bf16',") == 1
+    assert (
+        ended.stdout.count("the cache is bf16; kv must be one of 'kivi2-plus', 'kivi2-plus-g32', 'bf16',")
+        == 1
+    )
     assert ended.stdout.count("/stats     what the cache holds") == 1
 
 

@@ -66,7 +66,9 @@ def test_caches_that_do_not_fit_its_channels(tmp_path):
     assert code == 0, output
     assert "| bf16 |" in output
     assert "| kivi2 |" not in output
-    assert "don't fit, as their groups don't divide its channels: kivi4, kivi-k4v2, kivi2-plus, kivi2." in output
+    assert (
+        "don't fit, as their groups don't divide its channels: kivi4, kivi-k4v2, kivi2-plus, kivi2." in output
+    )
 
 
 @pytest.mark.parametrize(
