@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from benchmarks.gpu.plan import KINDS
 from benchmarks.gpu.timing import Run, interleaved, timed
 from benchmarks.gpu.worker import Record, reason, serve
 from kivi_jax.kv.config import PRESETS
@@ -38,7 +39,6 @@ FAST_BYTES_PER_SECOND = (
 PASS_SECONDS = 2e-3
 MOST_ROUNDS = 8
 
-KINDS = ("kivi2", "kivi4")
 BTHD, BHTD = "BTHD", "BHTD"  # orders of an unquantized cache's axes
 
 
@@ -164,12 +164,20 @@ def random_array(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def random_like(shapes: Any, seed: int) -> Any:
-    """Arrays made on the device: nothing is quantized for them."""
+    """Arrays made on the device: nothing is quantized for them. Channels keep their order."""
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten(
+    made = structure.unflatten(
         random_array(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
     )
+    return jax.tree.map(_with_ordered_channels, made, is_leaf=lambda x: isinstance(x, QuantizedLayer))
+
+
+def _with_ordered_channels(x: Any) -> Any:
+    if not isinstance(x, QuantizedLayer) or x.channels is None:
+        return x
+    order = jnp.arange(x.channels.shape[-1], dtype=x.channels.dtype)
+    return dataclasses.replace(x, channels=jnp.broadcast_to(order, x.channels.shape))
 
 
 def make_caches(case: Case, storage: str, most: int) -> list[Any]:

@@ -157,10 +157,8 @@ class Benchmark:
         fields = {"prompt": load[0], "new": load[1], "kv": kv, "role": role}
         if not self.due(f"{load[0]} + {load[1]} tokens, {kv}, {role} batch", "throughput", **fields):
             return
-        bits, residual = self.plan.kvs[kv]
         job = {
-            "bits": bits,
-            "residual_length": residual,
+            "kv": kv,
             "prompt": load[0],
             "new": load[1],
             "small": self.plan.small,

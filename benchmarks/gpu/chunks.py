@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu.attention import DTYPE, KINDS, random_like
+from benchmarks.gpu.attention import DTYPE, random_like
+from benchmarks.gpu.plan import KINDS
 from benchmarks.gpu.timing import Run, interleaved, timed
 from benchmarks.gpu.worker import Record, reason, serve
 from kivi_jax.kv.config import PRESETS

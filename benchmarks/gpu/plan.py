@@ -3,7 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
+from kivi_jax.kv.config import PRESETS, KVConfig
+
 BF16 = "bf16"
+KINDS = ("kivi2-plus", "kivi2", "kivi4")  # presets that attention is timed with
 
 Shape = tuple[int, int, int]  # query heads, KV heads, head_dim
 Sizes = tuple[
@@ -41,7 +44,6 @@ class Plan:
         small: whether the model is the small one.
         copy_bytes: of the copy.
         most_caches: that attention goes around; each is one more attention in a program.
-        kvs: bits and residual length by name.
         limit: bytes that generation may use, None for the device's.
         torch_device: where PyTorch computes.
         environment: of all workers.
@@ -54,19 +56,26 @@ class Plan:
     small: bool
     copy_bytes: int
     most_caches: int
-    kvs: Mapping[str, tuple[int, int]]
     limit: int | None
     torch_device: str
     environment: Mapping[str, str]
     generation: Mapping[str, str]
 
 
-KVS = {
-    BF16: (16, 128),
-    "kivi2 R=32": (2, 32),
-    "kivi4 R=32": (4, 32),
-    "kivi2 R=128": (2, 128),
-    "kivi4 R=128": (4, 128),
+# What is generated with: a preset, and R.
+KVS: Mapping[str, KVConfig] = {
+    BF16: PRESETS[BF16],
+    **{
+        f"{kind} R={residual}": dataclasses.replace(PRESETS[kind], residual_length=residual)
+        for kind, residual in (
+            ("kivi2", 32),
+            ("kivi2-plus", 64),
+            ("kivi4", 32),
+            ("kivi2", 128),
+            ("kivi2-plus", 128),
+            ("kivi4", 128),
+        )
+    },
 }
 GROUPED, MULTI_HEAD, MULTI_QUERY = (32, 8, 128), (32, 32, 128), (71, 1, 64)
 LONG: Sizes = ((16, 32768), (1, 32768), (64, 4096))
@@ -79,7 +88,7 @@ FULL = Plan(
             "first",
             ((GROUPED, LONG), (MULTI_HEAD, LONG[-1:]), (MULTI_QUERY, LONG[:1])),
             ((GROUPED, ((2048, 30720),)),),
-            (BF16, "kivi2 R=32"),
+            (BF16, "kivi2-plus R=64", "kivi2 R=32"),
             ((161, 338),),
         ),
         Stage(
@@ -93,7 +102,6 @@ FULL = Plan(
     small=False,
     copy_bytes=2 * 2**30,
     most_caches=32,  # as many as a model has layers
-    kvs=KVS,
     limit=None,
     torch_device="cuda",
     # So that workers' figures are what they use, and PyTorch has memory where JAX has had it.
@@ -109,7 +117,7 @@ SMOKE = Plan(
             "small",
             (((4, 2, 64), ((1, 256),)),),
             (((4, 2, 64), ((40, 256),)),),
-            (BF16, "kivi2 R=32"),
+            (BF16, "kivi2-plus R=64"),
             ((40, 24),),
         ),
         Stage("small", (((4, 2, 64), ((2, 160),)),), (), (), ()),
@@ -117,7 +125,6 @@ SMOKE = Plan(
     small=True,
     copy_bytes=2**20,
     most_caches=2,
-    kvs=KVS,
     limit=40_000_000,
     torch_device="cpu",
     environment={"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},

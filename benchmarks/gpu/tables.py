@@ -4,12 +4,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from benchmarks.gpu.plan import KINDS
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.worker import Record
 from tools.report_page import table
 
 GIB = 2**30
-KINDS = ("kivi2", "kivi4")
 
 
 def page(results: Results) -> str:

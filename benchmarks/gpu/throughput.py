@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 
 import kivi_jax
+from benchmarks.gpu.plan import KVS
 from benchmarks.gpu.worker import Record, reason, serve
 from kivi_jax import KVConfig
 from kivi_jax.decoding import continue_decoding, start_decoding
-from kivi_jax.kv.config import PRESETS, UNQUANTIZED_BITS
 from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.rows import Rows, greedy_rows
 from tools.offline.abstract_models import MODELS, abstract_params, array_bytes
@@ -165,19 +165,15 @@ def device_memory() -> dict[str, int]:
 
 
 def measure(
-    bits: int,
-    residual_length: int,
+    kv: str,
     prompt: int,
     new: int,
     small: bool,
     batch: int | None = None,
     limit: int | None = None,
 ) -> Iterator[Record]:
-    """One record: of `batch` rows, or of as many as fit into the device, or into `limit` bytes."""
-    kv = (
-        PRESETS["bf16"] if bits == UNQUANTIZED_BITS else KVConfig(bits, bits, residual_length=residual_length)
-    )
-    load = Load(abstract_params("llama", SMALL if small else MODELS["llama-2-7b"]), kv, prompt, new)
+    """One record, with `kv` of `KVS`: of `batch` rows, or of as many as fit into the device, or into `limit` bytes."""
+    load = Load(abstract_params("llama", SMALL if small else MODELS["llama-2-7b"]), KVS[kv], prompt, new)
     limit = limit or int(USED * device_memory()["bytes_limit"])
     began = time.perf_counter()
     batch, programs = largest_batch(load, limit) if batch is None else (batch, load.programs(batch))

@@ -16,7 +16,7 @@ from benchmarks.gpu import tables as gpu_tables
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.attention import Case, attended_bytes, cache_shapes, chain, contestants, random_like
 from benchmarks.gpu.correctness import GRIDS
-from benchmarks.gpu.plan import SMOKE
+from benchmarks.gpu.plan import KINDS, SMOKE
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.worker import WorkerError, work
 from kivi_jax.kv import kv_bytes
@@ -73,7 +73,8 @@ def test_smoke_measures_every_part(smoke):
         timed = {
             record["contestant"] for record in results.succeeded("attention", batch=batch, tokens=tokens)
         }
-        assert {"bf16 layer", "bf16 xla", "kivi2 kernel", "kivi4 kernel", "kivi2 xla", "kivi4 xla"} <= timed
+        packed = {f"{kind} {name}" for kind in KINDS for name in ("kernel", "xla")}
+        assert {"bf16 layer", "bf16 xla", *packed} <= timed
         failed = {
             record["contestant"] for record in results.of("attention", batch=batch, tokens=tokens)
         } - timed
@@ -84,8 +85,9 @@ def test_smoke_measures_every_part(smoke):
     assert all(milliseconds > 0 for milliseconds in chunks.values())
 
     generated = {(record["kv"], record["role"]): record for record in results.succeeded("throughput")}
-    assert set(generated) == {("bf16", "largest"), ("kivi2 R=32", "largest"), ("kivi2 R=32", "common")}
-    assert generated["kivi2 R=32", "common"]["batch"] == generated["bf16", "largest"]["batch"]
+    plus = "kivi2-plus R=64"
+    assert set(generated) == {("bf16", "largest"), (plus, "largest"), (plus, "common")}
+    assert generated[plus, "common"]["batch"] == generated["bf16", "largest"]["batch"]
     for (_, role), record in generated.items():
         assert record["tokens_per_second"] > 0
         assert role == "common" or record["compiled_bytes"] <= record["limit"]
@@ -100,7 +102,7 @@ def test_smoke_writes_a_page(smoke):
     assert re.search(r"^\| 0 \| .* \| 0123456789ab \| ", page, re.MULTILINE)
     assert "4 of 4 cases are within 1e-5" in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| 4/2 × 64 | ")]
-    times = {(row[1], row[2]): row for row in rows if len(row) == 14}
+    times = {(row[1], row[2]): row for row in rows if len(row) == 6 + 4 * len(KINDS)}
     assert set(times) == {(str(batch), str(tokens)) for batch, tokens in sizes(SMOKE)}
     for (batch, tokens), row in times.items():
         case = gpu_tables.attention_times(results)[(4, 2, 64), int(batch), int(tokens)]
@@ -109,12 +111,12 @@ def test_smoke_writes_a_page(smoke):
             for name, record in case.items()
             if name.startswith("bf16") and "error" not in record
         )
-        assert float(row[9]) == pytest.approx(best / case["kivi2 kernel"]["milliseconds"], abs=0.005)
+        assert float(row[9]) == pytest.approx(best / case[f"{KINDS[0]} kernel"]["milliseconds"], abs=0.005)
     generated = [line for line in page.splitlines() if line.startswith("| 40 + 24 | ")]
     assert [line.split(" | ")[1:3] for line in generated] == [
         ["bf16", "largest"],
-        ["kivi2 R=32", "largest"],
-        ["kivi2 R=32", "common"],
+        ["kivi2-plus R=64", "largest"],
+        ["kivi2-plus R=64", "common"],
     ]
 
 
