@@ -134,6 +134,7 @@ def attention_section(results: Results) -> Iterator[str]:
     if not cases:
         return
     bandwidth = next((record["bytes_per_second"] for record in results.succeeded("copy")), None)
+    kinds = [kind for kind in KINDS if any(f"{kind} kernel" in case for case in cases.values())]
     yield "## Decode attention"
     yield ""
     yield (
@@ -141,17 +142,18 @@ def attention_section(results: Results) -> Iterator[str]:
         "those that are packed; × is how many times faster than the best bf16 it is."
     )
     yield ""
-    columns = "".join(f"|{kind}: ms|GB/s|of a copy|×" for kind in KINDS)
-    yield from table(f"heads|rows|tokens|best bf16|ms|GB/s{columns}", _attention_rows(cases, bandwidth))
+    columns = "".join(f"|{kind}: ms|GB/s|of a copy|×" for kind in kinds)
+    header = f"heads|rows|tokens|best bf16|ms|GB/s{columns}"
+    yield from table(header, _attention_rows(cases, kinds, bandwidth))
     yield ""
     yield "### Where the kernel wins"
     yield ""
     yield "The least measured number of tokens from which on it is the faster one."
     yield ""
-    columns = "".join(f"|{kind}: than XLA on the same codes|than the best bf16" for kind in KINDS)
+    columns = "".join(f"|{kind}: than XLA on the same codes|than the best bf16" for kind in kinds)
     winning = [
         wins_from(results, kind, rival)
-        for kind in KINDS
+        for kind in kinds
         for rival in (lambda case, kind=kind: case.get(f"{kind} xla"), best_bf16)
     ]
     yield from table(
@@ -174,7 +176,9 @@ def attention_section(results: Results) -> Iterator[str]:
         yield from _contestants_table(shape, {key: cases[key] for key in keys})
 
 
-def _attention_rows(cases: dict[Key, dict[str, Record]], bandwidth: float | None) -> Iterator[list[str]]:
+def _attention_rows(
+    cases: dict[Key, dict[str, Record]], kinds: Sequence[str], bandwidth: float | None
+) -> Iterator[list[str]]:
     for (shape, batch, tokens), case in cases.items():
         best = best_bf16(case)
         row = [_heads(shape), str(batch), str(tokens)]
@@ -183,7 +187,7 @@ def _attention_rows(cases: dict[Key, dict[str, Record]], bandwidth: float | None
             if best is None
             else [best["contestant"].removeprefix("bf16 "), *_time_and_rate(best)]
         )
-        for kind in KINDS:
+        for kind in kinds:
             record = case.get(f"{kind} kernel")
             if record is None or "error" in record:
                 row += ["–" if record else "", "", "", ""]
