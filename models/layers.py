@@ -56,7 +56,7 @@ def project(
 ) -> Float[Array, "*batch outputs"]:
     """x · kernelᵀ in float32. Inputs are one matrix: for a batched product, XLA would keep a transposed kernel."""
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 1:
+    if rows.shape[0] == 1 and x.dtype != jnp.float32:
         y = jax.lax.platform_dependent(rows, kernel, cpu=_product_of_one_row, default=_product)
     else:
         y = _product(rows, kernel)
@@ -85,7 +85,10 @@ def _product(
 def _product_of_one_row(
     row: Float[Array, "1 inputs"], kernel: Float[Array, "outputs inputs"]
 ) -> Float[Array, "1 outputs"]:
-    """Pads to two rows, which the CPU backend multiplies in 16 bits; for one it would convert the kernel to float32."""
+    """Pads to two rows, which the CPU backend multiplies in 16 bits; for one it would convert the kernel to float32.
+
+    A product of float32 is left to one row, which the backend multiplies without reordering the kernel before.
+    """
     return _product(jnp.pad(row, ((0, 1), (0, 0))), kernel)[:1]
 
 

@@ -11,10 +11,13 @@ import pytest
 import kivi_jax
 from benchmarks.memory import decode_loop_memory
 from kivi_jax import KVConfig
+from kivi_jax.decoding import continue_decoding
+from kivi_jax.models.llama import LlamaConfig
 from kivi_jax.steps import PREFILL_TOKENS
 from tests.further import further
+from tests.hlo import Module
 from tests.tiny_checkpoint import TINY, random_tensors, write_checkpoint
-from tools.offline.abstract_models import MODELS
+from tools.offline.abstract_models import MODELS, abstract_decoding, abstract_params, loop_arguments
 from tools.oracle.dequantized import read_codes
 from tools.oracle.numpy_kivi import NumpyLlama
 
@@ -381,3 +384,28 @@ def test_inactive_rows_are_not_read(tiny, kv):
     errors = np.abs(logits - alone).max(-1)
     assert errors[0] > 0.1
     assert errors[1] < 1e-5
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize(
+    "config", [KVConfig(2, 2), KVConfig(2, 2, 64, sink_tokens=4, boosted_channels=0.25, rotated_values=True)]
+)
+def test_steps_of_one_row_quantize_and_unpack_nothing_but_where_it_is_due(config):
+    """Of one row, and of one block, XLA would compute ahead of the loops over them what is the same in every turn."""
+    model = LlamaConfig(
+        256, 128, 256, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64, max_positions=256
+    )
+    params = abstract_params("llama", model)
+    arguments = loop_arguments(params, abstract_decoding(params, 1, 128, config))
+    module = Module(continue_decoding.lower(*arguments).compile().as_text())
+    (steps,) = (
+        body for body in module.loops if any(x.opcode == "while" for x in module.computations[body].values())
+    )
+    in_steps = {
+        x.opcode
+        for instruction in module.computations[steps].values()
+        for x in (instruction, *module.computations.get(instruction.called("calls"), {}).values())
+    }
+    packing = {"round-nearest-even", "shift-left", "shift-right-arithmetic"}
+    assert packing <= {x.opcode for x in module.instructions()}
+    assert not packing & in_steps

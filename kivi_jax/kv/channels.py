@@ -13,6 +13,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int32
 
+MANY_TOKENS = 32
+
 
 def order_channels(
     k: Float[Array, "B H R D"], query_energy: Float[Array, "B H D"], group_size: int
@@ -32,9 +34,11 @@ def order_channels(
 def take_channels(x: Float[Array, "B H T D"], channels: Int32[Array, "B H D"]) -> Float[Array, "B H T D"]:
     """`x` with its `channels` in their order.
 
-    A TPU gathers slowly along lanes. There it is a product with ones and zeros, which is exact for finite numbers.
+    A TPU gathers slowly along lanes. There it is a product with ones and zeros, which is exact for finite numbers. For a
+    CPU XLA would copy many tokens into another order before it gathers, and in a loop do so in every step.
     """
-    return jax.lax.platform_dependent(x, channels, tpu=_take_by_product, default=_gather)
+    on_cpu = _gather if x.shape[2] < MANY_TOKENS else _take_by_product
+    return jax.lax.platform_dependent(x, channels, tpu=_take_by_product, cpu=on_cpu, default=_gather)
 
 
 def put_channels(x: Float[Array, "B H T D"], channels: Int32[Array, "B H D"]) -> Float[Array, "B H T D"]:

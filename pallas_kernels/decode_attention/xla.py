@@ -1,5 +1,6 @@
 """Attention of new tokens over stored ones in plain XLA operations: the reference, for every device."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -127,8 +128,10 @@ def _attend_region(sums: OnlineSoftmax, queries: Queries, region: Region, block:
         live = fresh & (tokens >= 0)
         return sums.add(queries.scores(keys, tokens, live[:, None]), values)
 
-    if block == region.size and not region.packed:
-        return attend(sums, 0, jnp.ones(block, bool))
+    if block == region.size:
+        once = functools.partial(attend, start=0, fresh=jnp.ones(block, bool))
+        # A loop of one turn XLA would empty: what does not depend on the turn it would compute ahead, needed or not.
+        return jax.lax.cond(region.used > 0, once, lambda sums: sums, sums) if region.packed else once(sums)
     return _over_blocks(attend, sums, region.used, region.size, block)
 
 

@@ -17,7 +17,7 @@ from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels import dispatch
 from kivi_jax.pallas_kernels.chunk_attention.api import chunk_attention
-from kivi_jax.pallas_kernels.decode_attention import gpu
+from kivi_jax.pallas_kernels.decode_attention import gpu, xla
 from kivi_jax.pallas_kernels.decode_attention.api import KERNELS, decode_attention
 from kivi_jax.pallas_kernels.heads import Heads
 from tests.tiny_checkpoint import write_checkpoint
@@ -55,8 +55,11 @@ def lower(platform, *arguments, **options):
     return function.trace(*arguments).lower(lowering_platforms=(platform,))
 
 
-def test_auto_is_the_kernel_on_tpus_only():
+def test_auto_is_the_kernel_on_tpus_only(monkeypatch):
     """And nothing of the other implementation is left in the program, nor a choice at run time."""
+    monkeypatch.setattr(
+        xla, "BLOCK_BYTES", 1
+    )  # of a single block, XLA asks at run time if there is anything in it
     on_tpu, on_cpu = lower("tpu", *arguments()), lower("cpu", *arguments())
     softmax = "stablehlo.exponential"  # which the kernel has inside
     assert KERNEL in on_tpu.as_text()
