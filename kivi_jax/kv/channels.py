@@ -34,8 +34,8 @@ def order_channels(
 def take_channels(x: Float[Array, "B H T D"], channels: Int32[Array, "B H D"]) -> Float[Array, "B H T D"]:
     """`x` with its `channels` in their order.
 
-    A TPU gathers slowly along lanes. There it is a product with ones and zeros, which is exact for finite numbers. For a
-    CPU XLA would copy many tokens into another order before it gathers, and in a loop do so in every step.
+    A TPU gathers slowly along lanes. There it is a product with ones and zeros, which is exact for finite numbers. And
+    for a CPU XLA would copy many tokens into another order before, in a loop in every step.
     """
     on_cpu = _gather if x.shape[2] < MANY_TOKENS else _take_by_product
     return jax.lax.platform_dependent(x, channels, tpu=_take_by_product, cpu=on_cpu, default=_gather)

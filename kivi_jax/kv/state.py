@@ -144,8 +144,8 @@ def _flush_in_turns(
     due_rows = jnp.argsort(~due)
 
     def flush(size: int, begin: Array, i: Array, layers: dict[int, Layer]) -> dict[int, Layer]:
-        # Of a batch of one row XLA would else quantize the ring ahead of the loop, in every step, due or not.
-        i, layers = jax.lax.optimization_barrier((i, layers))
+        if batch == 1:  # XLA would else quantize the ring ahead of the loop, in every step, due or not
+            i, layers = jax.lax.optimization_barrier((i, layers))
         places = begin + i * size + jnp.arange(size)
         rows = due_rows[jnp.minimum(places, batch - 1)]
         full = lengths[rows]

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -11,6 +12,7 @@ from kivi_jax.pallas_kernels.decode_attention.xla import OnlineSoftmax, Queries
 # Float32 scores of one block: few enough to stay in a CPU's caches.
 SCORES_BYTES = 2**22
 LEAST_TOKENS, MOST_TOKENS = 128, 256  # of a block
+LEAST = float(np.finfo(np.float32).min)
 
 
 def causal_attention(
@@ -45,9 +47,7 @@ def causal_attention(
 
         rows = queries.vectors.shape[:3]
         # A finite maximum, for blocks in which a query sees nothing.
-        nothing = OnlineSoftmax(
-            jnp.full(rows, jnp.finfo(jnp.float32).min), jnp.zeros(rows), jnp.zeros((*rows, head_dim))
-        )
+        nothing = OnlineSoftmax(jnp.full(rows, LEAST), jnp.zeros(rows), jnp.zeros((*rows, head_dim)))
         first = 0 if sliding_window is None else jnp.maximum(i * size - sliding_window + 1, 0) // size
         out = queries.ungroup(jax.lax.fori_loop(first, i + 1, add, nothing).result(), size)
         return jax.lax.dynamic_update_slice_in_dim(rest, out.astype(rest.dtype), i * size, axis=1)
