@@ -81,7 +81,7 @@ def test_smoke_measures_every_part(smoke):
         assert {"bf16 cudnn", "bf16 cudnn lengths", "bf16 cudnn folded"} <= failed  # there is none on CPUs
 
     chunks = {record["contestant"]: record["milliseconds"] for record in results.succeeded("chunks")}
-    assert set(chunks) == {f"{kind} {by}" for kind in ("kivi2", "kivi4") for by in ("kernel", "xla")}
+    assert set(chunks) == {f"{kind} {by}" for kind in KINDS for by in ("kernel", "xla")}
     assert all(milliseconds > 0 for milliseconds in chunks.values())
 
     generated = {(record["kv"], record["role"]): record for record in results.succeeded("throughput")}
