@@ -5,7 +5,8 @@
 
 For each dtype, tables of seconds of a prefill and of milliseconds of a step: medians of rounds in which all take turns,
 so that what else the machine does hits each alike; and of seconds of compilation, of both programs together, with
-nothing kept from before. `--transformers` needs PyTorch, and optimum-quanto for the quantized cache.
+nothing kept from before. `--transformers` needs PyTorch, optimum-quanto for the quantized cache, and accelerate for a
+GGUF file. All sizes together take hours on a small CPU.
 """
 
 import functools

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int32
 
-MANY_TOKENS = 32
+MANY_TOKENS = 32  # a ring or a prompt has more, the queries of a step fewer
 
 
 def order_channels(

@@ -223,15 +223,15 @@ def test_pytorch_attends_the_same(order, folded):
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["kivi2", "kivi4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_attended_bytes_are_those_of_packed_tokens_before_the_ring(kind):
-    """3 and 5 bits a value."""
+    """2.75, 3 and 5 bits a value."""
     case = Case((32, 8, 128), 16, 4096)
-    bits = {"kivi2": 3, "kivi4": 5}[kind]
+    bits = {"kivi2-plus": 2.75, "kivi2": 3, "kivi4": 5}[kind]
     assert attended_bytes(case, kind) == (4096 - 1 - 128) * 16 * 8 * 128 * 2 * bits / 8
     layer = cache_shapes(case, kind)[-1]
-    rings = 2 * layer.window_k.size * 2
-    packed = kv_bytes(layer) - rings
+    exact = (layer.window_k, layer.window_v, layer.sink_k, layer.sink_v, layer.channels, layer.query_energy)
+    packed = kv_bytes(layer) - sum(x.size * x.dtype.itemsize for x in exact if x is not None)
     assert attended_bytes(case, kind) == pytest.approx(packed * (4096 - 129) / 4096)
 
 

@@ -57,9 +57,8 @@ def lower(platform, *arguments, **options):
 
 def test_auto_is_the_kernel_on_tpus_only(monkeypatch):
     """And nothing of the other implementation is left in the program, nor a choice at run time."""
-    monkeypatch.setattr(
-        xla, "BLOCK_BYTES", 1
-    )  # of a single block, XLA asks at run time if there is anything in it
+    # Whether there is anything in a single block is asked at run time.
+    monkeypatch.setattr(xla, "BLOCK_BYTES", 1)
     on_tpu, on_cpu = lower("tpu", *arguments()), lower("cpu", *arguments())
     softmax = "stablehlo.exponential"  # which the kernel has inside
     assert KERNEL in on_tpu.as_text()

@@ -148,3 +148,8 @@ def test_blocks_beyond_the_queries_and_before_their_window_are_not_read():
     np.testing.assert_allclose(out[:, :768], direct(q, k, v)[:, :768], atol=2e-6)
     out = xla.causal_attention(q, k, v.at[:, :256].set(jnp.nan), 100)
     np.testing.assert_allclose(out[:, 512:], direct(q, k, v, sliding_window=100)[:, 512:], atol=2e-6)
+
+
+@pytest.mark.parametrize(("query_heads", "tokens"), [(9, 256), (16, 256), (17, 128), (64, 128), (4096, 128)])
+def test_blocks_of_many_heads_are_smaller(query_heads, tokens):
+    assert xla._tokens_of_block(query_heads) == tokens
