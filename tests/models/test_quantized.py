@@ -224,8 +224,8 @@ def test_row_does_not_depend_on_its_neighbours(name, kv):
         for token in text.following[row]:
             logits, state = kivi_jax.decode_step(params, jnp.asarray([token]), state)
             alone.append(logits)
-        # A near tie that turns in the prompt moves every step by a little.
-        atol = 1e-5 if kv == "bf16" else 0.5
+        # Exactly, a row alone differs by how its products are summed up; of codes, by near ties that turn in the prompt.
+        atol = 1e-4 if kv == "bf16" else 0.5
         np.testing.assert_allclose(np.concatenate(alone), together[row], rtol=0, atol=atol)
 
 
