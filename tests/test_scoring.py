@@ -70,7 +70,7 @@ def test_equals_decoding_token_by_token(name, config):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("config", [SHORT, SINKS, PLUS, "kivi2-sinks"], ids=str)
+@pytest.mark.parametrize("config", [SINKS, PLUS], ids=str)
 @pytest.mark.parametrize("name", FURTHER)
 def test_further_families_equal_decoding(name, config):
     check_equals_decoding(name, config)
