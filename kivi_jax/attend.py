@@ -2,8 +2,10 @@
 
 One function for each of whole prompts, the same for several caches, chunks and single tokens, and one for texts as if
 decoded. Each runs on one device's rows and heads: with `Partition.attend`, what comes first of their arguments becomes
-the `Attend` that models call.
+the `Attend` that models call. They are compiled so that layers alike are traced and lowered once.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,7 @@ def attend_prompts(
     return out, layer
 
 
+@jax.jit
 def attend_prompts_for_each(
     q: Float[Array, "N T Hq D"],
     k: Float[Array, "N T H D"],
@@ -45,7 +48,6 @@ def attend_prompts_for_each(
 ) -> tuple[Float[Array, "N T Hq D"], tuple[Layer, ...]]:
     """`attend_prompts`, stored in one layer of each of several caches."""
     out = prefill_attention(q, k, v, layers[0].sliding_window, heads)
-    k, v = finite(k), finite(v)
     start = jnp.zeros_like(lengths)
     filled = tuple(
         layer.store_prompt(k, v, lengths, rows, heads.query_energy(q, layer, start, lengths))
@@ -73,6 +75,7 @@ def _once_stored(
     return jnp.where(stored[:, None, None, None], out, jnp.nan)
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
 def attend_chunk(
     implementation: Implementation,
     q: Float[Array, "B T Hq D"],
@@ -87,10 +90,11 @@ def attend_chunk(
     out = chunk_attention(q, k, v, layer, lengths, counts, heads, implementation)
     counts = jnp.where(once_computed(counts > 0, out), counts, 0)
     energy = heads.query_energy(q, layer, lengths, counts)
-    longer = layer.append_chunk(finite(k), finite(v), lengths, counts, energy)
+    longer = layer.append_chunk(k, v, lengths, counts, energy)
     return _once_stored(out, (layer,), (longer,)), longer
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
 def attend_token(
     implementation: Implementation,
     q: Float[Array, "B 1 Hq D"],
@@ -106,7 +110,7 @@ def attend_token(
     out = decode_attention(q, k, v, layer, attended, heads, implementation)
     active = once_computed(active, out)
     energy = heads.query_energy(q, layer, lengths, active)
-    return out, layer.append_token(finite(k[:, 0]), finite(v[:, 0]), lengths, active, energy)
+    return out, layer.append_token(k[:, 0], v[:, 0], lengths, active, energy)
 
 
 def attend_as_decoded(

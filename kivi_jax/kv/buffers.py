@@ -1,6 +1,7 @@
 """Reads and writes of the state's arrays, whose first axis is the batch."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -288,7 +289,9 @@ def set_tokens(
     """
     # If head_dim leaves lanes empty, tokens are columns in a TPU's memory: passing over all of them is cheaper.
     on_tpu = _set_tokens_in_turn if buffer.shape[3] % TILE_LANES == 0 else _select_tokens
-    return jax.lax.platform_dependent(buffer, tokens, at, active, tpu=on_tpu, default=_scatter_tokens)
+    return jax.lax.platform_dependent(
+        buffer, tokens, at, active, tpu=on_tpu, cpu=_of_rows(buffer), default=_scatter_tokens
+    )
 
 
 def set_ring_tokens(
@@ -299,8 +302,13 @@ def set_ring_tokens(
 ) -> Float[Array, "B H R D"]:
     """`set_tokens` of a ring, which is so short that on a TPU passing over it costs less than a turn for every row."""
     return jax.lax.platform_dependent(
-        ring, tokens, slots, active, tpu=_select_tokens, default=_scatter_tokens
+        ring, tokens, slots, active, tpu=_select_tokens, cpu=_of_rows(ring), default=_scatter_tokens
     )
+
+
+def _of_rows(buffer: Array) -> Callable[..., Array]:
+    """How a CPU writes tokens: what becomes of a scatter, if it is one row, is several operations."""
+    return _set_tokens_in_turn if buffer.shape[0] == 1 else _scatter_tokens
 
 
 def _scatter_tokens(buffer: Array, tokens: Array, at: Array, active: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kivi_jax.kv.buffers import put_rows, set_chunk, set_tokens, take_tokens
+from kivi_jax.kv.buffers import finite, put_rows, set_chunk, set_tokens, take_tokens
 from kivi_jax.kv.layer import Layer, Region
 from kivi_jax.kv.rings import entries_in, entry_in, slot_of
 
@@ -61,7 +61,7 @@ class DenseLayer(Layer):
         rows: Int[Array, " N"] | None = None,
         query_energy: Float[Array, "N H D"] | None = None,
     ) -> "DenseLayer":
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        k, v = finite(k).swapaxes(1, 2), finite(v).swapaxes(1, 2)
         if k.shape[2] > self.slots:
             newest = entries_in(lengths, self.slots)
             k, v = take_tokens(k, newest), take_tokens(v, newest)
@@ -77,9 +77,8 @@ class DenseLayer(Layer):
         query_energy: Float[Array, "B H D"] | None = None,
     ) -> "DenseLayer":
         at = slot_of(lengths, self.slots)
-        return dataclasses.replace(
-            self, k=set_tokens(self.k, k, at, active), v=set_tokens(self.v, v, at, active)
-        )
+        k, v = (set_tokens(stored, finite(x), at, active) for stored, x in ((self.k, k), (self.v, v)))
+        return dataclasses.replace(self, k=k, v=v)
 
     def append_chunk(
         self,
@@ -89,7 +88,10 @@ class DenseLayer(Layer):
         counts: Int[Array, " B"],
         query_energy: Float[Array, "B H D"] | None = None,
     ) -> "DenseLayer":
-        k, v = (set_chunk(ring, x.swapaxes(1, 2), lengths, counts) for ring, x in ((self.k, k), (self.v, v)))
+        k, v = (
+            set_chunk(stored, finite(x).swapaxes(1, 2), lengths, counts)
+            for stored, x in ((self.k, k), (self.v, v))
+        )
         return dataclasses.replace(self, k=k, v=v)
 
     def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "DenseLayer":

@@ -39,8 +39,8 @@ class Region(NamedTuple):
 class Layer(abc.ABC):
     """The keys and values of one layer of a model, for every row of a batch: a frozen pytree.
 
-    The lengths of the rows are the state's, and are passed to whatever depends on them. The methods that have a body
-    here are right for storage whose arrays are all `[B, H, ...]`.
+    The lengths of the rows are the state's, and are passed to whatever depends on them. What is no finite number is
+    stored as 0. The methods that have a body here are right for storage whose arrays are all `[B, H, ...]`.
 
     Attributes:
         has_kernels: whether the decode kernels read it, which know the arrays of `QuantizedLayer` only.

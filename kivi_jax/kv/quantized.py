@@ -26,6 +26,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Int32
 
 from kivi_jax.kv.buffers import (
+    finite,
     in_order_of_axes,
     put_rows,
     read_blocks,
@@ -36,26 +37,22 @@ from kivi_jax.kv.buffers import (
     write_blocks,
     write_rows,
 )
-from kivi_jax.kv.channels import order_channels, put_channels, rotate, take_channels
+from kivi_jax.kv.channels import order_channels, rotate, take_channels
 from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.layer import Layer, Region
-from kivi_jax.kv.quantize import (
-    BOOSTED_KEY_TOKEN_AXES,
-    KEY_TOKEN_AXES,
-    VALUE_TOKEN_AXES,
-    BoostedKeys,
-    Quantized,
-    dequantize_boosted_keys,
-    dequantize_keys,
-    dequantize_values,
-    quantize_boosted_keys,
-    quantize_keys,
-    quantize_values,
-    quantize_values_fitted,
+from kivi_jax.kv.packing import (
+    Block,
+    PackedKeys,
+    Ring,
+    decode_keys,
+    key_token_axes,
+    pack,
+    pack_ring,
+    unpack_keys,
+    without_sinks,
 )
+from kivi_jax.kv.quantize import VALUE_TOKEN_AXES, BoostedKeys, Quantized, dequantize_values
 from kivi_jax.kv.rings import entries_in, entry_in, slot_of
-
-PackedKeys = Quantized | BoostedKeys
 
 
 @functools.partial(
@@ -123,15 +120,14 @@ class QuantizedLayer(Layer):
         blocks = max(blocks, 1)  # so that there is something to slice
         # A block is quantized in the abstract for its shapes.
         ring = jax.ShapeDtypeStruct((batch, num_kv_heads, residual, head_dim), dtype)
-        packed_k = jax.eval_shape(functools.partial(_pack_keys, config), ring)
-        packed_v = jax.eval_shape(functools.partial(_pack_values, config), ring)
+        packed_k, packed_v = jax.eval_shape(functools.partial(pack, config), ring, ring)
         sinks = (batch, num_kv_heads, config.sink_tokens, head_dim)
         by_channel = (batch, num_kv_heads, head_dim)
         boosted = config.boosted_channels > 0
         fields = {
             **dict.fromkeys(("sink_k", "sink_v", "k_low", "channels", "query_energy")),
             **_by_field(
-                _zero_blocks(packed_k, _key_axes(config), blocks),
+                _zero_blocks(packed_k, key_token_axes(config), blocks),
                 _zero_blocks(packed_v, VALUE_TOKEN_AXES, blocks),
             ),
             "window_k": jnp.zeros(ring.shape, dtype),
@@ -185,7 +181,7 @@ class QuantizedLayer(Layer):
         rows: Int[Array, " N"] | None = None,
         query_energy: Float[Array, "N H D"] | None = None,
     ) -> "QuantizedLayer":
-        k, v = k.swapaxes(1, 2), self.rotated(v).swapaxes(1, 2)
+        k, v = finite(k).swapaxes(1, 2), finite(self.rotated(v)).swapaxes(1, 2)
         residual = self.config.residual_length
         newest = entries_in(lengths, residual)  # slots that no token reached yet hold any token
         window_k, window_v = take_tokens(k, newest), take_tokens(v, newest)
@@ -194,8 +190,8 @@ class QuantizedLayer(Layer):
         if self.weighs_channels:
             updates["query_energy"] = _energy_or_ones(query_energy, k)
             if k.shape[2] >= residual:
-                first_block = self._without_sinks(k[:, :, :residual], jnp.arange(residual))
-                channels = self._order_channels(first_block, updates["query_energy"])
+                first_block = without_sinks(self.config, k[:, :, :residual], jnp.arange(residual))
+                channels = order_channels(first_block, updates["query_energy"], self.config.group_size)
                 updates["channels"] = channels
         if count := min(k.shape[2] // residual, self.blocks):
             # Blocks that reach into a row's padding are written as well: the row's own flush replaces them before any
@@ -203,13 +199,13 @@ class QuantizedLayer(Layer):
             flushed = lengths // residual
             if k.shape[2] // residual == count:
                 block_k, block_v = k[:, :, : count * residual], v[:, :, : count * residual]
-                block_k = self._without_sinks(block_k, jnp.arange(count * residual))
+                block_k = without_sinks(self.config, block_k, jnp.arange(count * residual))
             else:
                 of_slot = entries_in(flushed, count)[..., None] * residual + jnp.arange(residual)
                 of_slot = jnp.maximum(of_slot.reshape(len(lengths), -1), 0)
-                block_k = self._without_sinks(take_tokens(k, of_slot), of_slot)
+                block_k = without_sinks(self.config, take_tokens(k, of_slot), of_slot)
                 block_v = take_tokens(v, of_slot)
-            packed_k, packed_v = self._pack(block_k, block_v, channels)
+            packed_k, packed_v = pack(self.config, block_k, block_v, channels)
             updates |= _by_field(packed_k, packed_v)
             last = jnp.maximum(flushed - 1, 0) % count
             window_k = self._with_flushed(window_k, packed_k, channels, last, count, lengths, flushed)
@@ -228,7 +224,7 @@ class QuantizedLayer(Layer):
         active: Bool[Array, " B"],
         query_energy: Float[Array, "B H D"] | None = None,
     ) -> "QuantizedLayer":
-        v = self.rotated(v)
+        k, v = finite(k), finite(self.rotated(v))
         slots = slot_of(lengths, self.config.residual_length)
         layer = dataclasses.replace(
             self._with_energy(query_energy),
@@ -242,32 +238,32 @@ class QuantizedLayer(Layer):
         )
         return dataclasses.replace(layer, sink_k=sink_k, sink_v=sink_v)
 
+    @jax.jit  # traced once for layers alike
     def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "QuantizedLayer":
         """Quantizes the rings of `rows`, which are whole, into their packed blocks."""
-        residual = self.config.residual_length
-        starts = lengths - residual
-        ring_k, ring_v = take_rows(self.window_k, rows), take_rows(self.window_v, rows)
-        ring_k = self._without_sinks(ring_k, starts[:, None] + jnp.arange(residual))
-        slots = slot_of(starts // residual, self.blocks)
+        return self.put_block(pack_ring(self.config, self.take_ring(rows, lengths)), rows, lengths)
+
+    def take_ring(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> Ring:
+        """The whole rings of `rows`, to be packed."""
+        k, v, channels, query_energy = jax.tree.map(
+            lambda x: take_rows(x, rows), (self.window_k, self.window_v, self.channels, self.query_energy)
+        )
+        return Ring(k, v, lengths - self.config.residual_length, channels, query_energy)
+
+    def put_block(self, block: Block, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "QuantizedLayer":
+        """Writes what the rings of `rows` were packed to."""
+        slots = slot_of(lengths // self.config.residual_length - 1, self.blocks)
+        keys = write_block_of_rows(self.keys, block.keys, self._key_axes, rows, slots)
+        values = write_block_of_rows(self.values, block.values, VALUE_TOKEN_AXES, rows, slots)
         first = jnp.zeros_like(slots)
-        layer, channels = self, None
-        if self.channels is not None and self.query_energy is not None:
-            chosen = self._order_channels(ring_k, take_rows(self.query_energy, rows))
-            channels = jnp.where((starts == 0)[:, None, None], chosen, take_rows(self.channels, rows))
-            layer = dataclasses.replace(
-                self, channels=write_rows(self.channels, channels, rows, first, axis=-1)
-            )
-        packed_k, packed_v = self._pack(ring_k, ring_v, channels)
-        flushed_k = self._decoded_keys(packed_k, channels)
-        keys = write_block_of_rows(self.keys, packed_k, self._key_axes, rows, slots)
-        if channels is not None:
+        channels = self.channels
+        if channels is not None and block.channels is not None:
             # Channels that are boosted or not are written side by side. At a head_dim of 64 XLA would lay out a TPU's
             # scales like that, and copy them in every step for the kernel.
             keys = jax.tree.map(in_order_of_axes, keys)
-        values = write_block_of_rows(self.values, packed_v, VALUE_TOKEN_AXES, rows, slots)
-        layer = layer._with_packed(keys, values)
-        window_k = write_rows(self.window_k, flushed_k.astype(ring_k.dtype), rows, first, axis=-2)
-        return dataclasses.replace(layer, window_k=window_k)
+            channels = write_rows(channels, block.channels, rows, first, axis=-1)
+        window_k = write_rows(self.window_k, block.decoded_keys, rows, first, axis=-2)
+        return dataclasses.replace(self._with_packed(keys, values), window_k=window_k, channels=channels)
 
     def append_chunk(
         self,
@@ -277,7 +273,7 @@ class QuantizedLayer(Layer):
         counts: Int[Array, " B"],
         query_energy: Float[Array, "B H D"] | None = None,
     ) -> "QuantizedLayer":
-        k, v = k.swapaxes(1, 2), self.rotated(v).swapaxes(1, 2)
+        k, v = finite(k).swapaxes(1, 2), finite(self.rotated(v)).swapaxes(1, 2)
         residual, length = self.config.residual_length, k.shape[2]
         begun = lengths % residual  # tokens of the block in progress, which the ring holds exactly
         start = lengths - begun
@@ -299,14 +295,14 @@ class QuantizedLayer(Layer):
         longer = self._with_energy(query_energy)
         keys, values, channels = self.keys, self.values, self.channels
         if most:
-            block_k = self._without_sinks(
-                aligned_k[:, :, : most * residual], start[:, None] + places[:-residual]
+            block_k = without_sinks(
+                self.config, aligned_k[:, :, : most * residual], start[:, None] + places[:-residual]
             )
             flushed = (begun + counts) // residual
             if channels is not None and longer.query_energy is not None:
-                chosen = self._order_channels(block_k[:, :, :residual], longer.query_energy)
+                chosen = order_channels(block_k[:, :, :residual], longer.query_energy, self.config.group_size)
                 channels = jnp.where(((start == 0) & (flushed > 0))[:, None, None], chosen, channels)
-            packed_k, packed_v = self._pack(block_k, aligned_v[:, :, : most * residual], channels)
+            packed_k, packed_v = pack(self.config, block_k, aligned_v[:, :, : most * residual], channels)
             block = jnp.arange(most)
             # Only the newest of the blocks that would share a slot is written.
             due = (block < flushed[:, None]) & (block >= flushed[:, None] - self.blocks)
@@ -339,13 +335,13 @@ class QuantizedLayer(Layer):
     ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T D"]]:
         config, tokens = self.config, jnp.arange(k.shape[2])
         filling = ((0, 0), (0, 0), (0, -tokens.size % config.residual_length), (0, 0))
-        ranged_k = jnp.pad(self._without_sinks(k, tokens), filling)
+        ranged_k = jnp.pad(without_sinks(self.config, k, tokens), filling)
         channels = None
         if self.weighs_channels:
             energy = _energy_or_ones(query_energy, k)
-            channels = self._order_channels(ranged_k[:, :, : config.residual_length], energy)
-        packed_k, packed_v = self._pack(ranged_k, jnp.pad(self.rotated(v), filling), channels)
-        decoded_k = self._decoded_keys(packed_k, channels)
+            channels = order_channels(ranged_k[:, :, : config.residual_length], energy, config.group_size)
+        packed_k, packed_v = pack(self.config, ranged_k, jnp.pad(self.rotated(v), filling), channels)
+        decoded_k = decode_keys(self.config, packed_k, channels)
         decoded_v = self.rotated(dequantize_values(packed_v, config.value_bits, config.group_size))
         is_sink = (tokens < config.sink_tokens)[:, None]
         return (
@@ -391,7 +387,7 @@ class QuantizedLayer(Layer):
             values = jax.tree.map(take, self.values, VALUE_TOKEN_AXES)
             return (
                 tokens,
-                _unpack_keys(config, keys),
+                unpack_keys(config, keys),
                 dequantize_values(values, config.value_bits, config.group_size),
             )
 
@@ -406,29 +402,7 @@ class QuantizedLayer(Layer):
 
     @property
     def _key_axes(self) -> Any:
-        return _key_axes(self.config)
-
-    def _pack(
-        self,
-        k: Float[Array, "B H T D"],
-        v: Float[Array, "B H T D"],
-        channels: Int32[Array, "B H D"] | None,
-    ) -> tuple[PackedKeys, Quantized]:
-        """Whole blocks, keys in the order of `channels`."""
-        k = k if channels is None else take_channels(k, channels)
-        return _pack_keys(self.config, k), _pack_values(self.config, v)
-
-    def _decoded_keys(
-        self, packed: PackedKeys, channels: Int32[Array, "B H D"] | None
-    ) -> Float[Array, "B H T D"]:
-        """What `_pack` made of keys, float32."""
-        decoded = _unpack_keys(self.config, packed)
-        return decoded if channels is None else put_channels(decoded, channels)
-
-    def _order_channels(
-        self, first_block: Float[Array, "B H R D"], query_energy: Float[Array, "B H D"]
-    ) -> Int32[Array, "B H D"]:
-        return order_channels(first_block, query_energy, self.config.group_size)
+        return key_token_axes(self.config)
 
     def _with_energy(self, query_energy: Float[Array, "B H D"] | None) -> "QuantizedLayer":
         if self.query_energy is None:
@@ -452,45 +426,10 @@ class QuantizedLayer(Layer):
         """The ring whose slots of a flushed block hold what that decodes to: block `last` of the `count` in `packed_k`,
         for rows that have `flushed` any of them.
         """
-        decoded = self._decoded_keys(read_blocks(packed_k, self._key_axes, last, count), channels)
+        decoded = decode_keys(self.config, read_blocks(packed_k, self._key_axes, last, count), channels)
         residual = self.config.residual_length
         replaced = (jnp.arange(residual) >= (lengths % residual)[:, None]) & (flushed > 0)[:, None]
         return jnp.where(replaced[:, None, :, None], decoded.astype(window_k.dtype), window_k)
-
-    def _without_sinks(
-        self, k: Float[Array, "B H T D"], tokens: Int[Array, " T"] | Int[Array, "B T"]
-    ) -> Float[Array, "B H T D"]:
-        """Keys of `tokens`, where the first token after the sinks stands in for those in its group, whose range
-        theirs would widen. A block that holds sinks begins with token 0.
-        """
-        sinks = self.config.sink_tokens
-        if not sinks:
-            return k
-        first = k[:, :, min(sinks, k.shape[2] - 1), None]
-        is_sink = (tokens < sinks).reshape(-1, 1, tokens.shape[-1], 1)
-        return jnp.where(is_sink, first, k)
-
-
-def _key_axes(config: KVConfig) -> Any:
-    return BOOSTED_KEY_TOKEN_AXES if config.boosted_channels else KEY_TOKEN_AXES
-
-
-def _pack_keys(config: KVConfig, k: Float[Array, "B H T D"]) -> PackedKeys:
-    if not config.boosted_channels:
-        return quantize_keys(k, config.key_bits, config.group_size)
-    boosted = config.boosted_of(k.shape[-1])
-    return quantize_boosted_keys(k, boosted, config.group_size, config.residual_length)
-
-
-def _unpack_keys(config: KVConfig, packed: PackedKeys) -> Float[Array, "B H T D"]:
-    if isinstance(packed, BoostedKeys):
-        return dequantize_boosted_keys(packed, config.group_size, config.residual_length)
-    return dequantize_keys(packed, config.key_bits, config.group_size)
-
-
-def _pack_values(config: KVConfig, v: Float[Array, "B H T D"]) -> Quantized:
-    quantize = quantize_values_fitted if config.rotated_values else quantize_values
-    return quantize(v, config.value_bits, config.group_size)
 
 
 def _energy_or_ones(query_energy: Array | None, like: Float[Array, "B H *tokens D"]) -> Float[Array, "B H D"]:

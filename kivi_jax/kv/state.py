@@ -13,11 +13,9 @@ from jaxtyping import Bool, Int
 
 from kivi_jax.kv.config import KVConfig
 from kivi_jax.kv.dense import DenseLayer
+from kivi_jax.kv.flush import flush_due
 from kivi_jax.kv.layer import Layer
 from kivi_jax.kv.quantized import QuantizedLayer
-
-# Tokens of a layer: many where most rows are due, and few for the rest, or where only some rows are.
-FLUSHED_AT_ONCE_ON_GPU = (4096, 1024)
 
 
 @functools.partial(
@@ -109,59 +107,6 @@ def empty_state(
 
 
 def advance(state: KVState, active: Bool[Array, " B"]) -> KVState:
-    """Counts the token that every layer just appended, and flushes the rows for which that is due.
-
-    The flush loops over these rows, so its work is proportional to their number and not to the batch.
-    """
+    """Counts the token that every layer just appended, and flushes the rows for which that is due."""
     lengths = state.lengths + active
-    layers = list(state.layers)
-    flushed_alike: dict[int, dict[int, Layer]] = {}  # by how often, and by place in the model
-    for place, layer in enumerate(layers):
-        if layer.flush_every is not None:
-            flushed_alike.setdefault(layer.flush_every, {})[place] = layer
-    for every, alike in flushed_alike.items():
-        due = active & (lengths % every == 0)
-        for place, layer in _flush_due(every, alike, lengths, due).items():
-            layers[place] = layer
-    return dataclasses.replace(state, lengths=lengths, layers=tuple(layers))
-
-
-def _flush_due(
-    every: int, layers: dict[int, Layer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
-) -> dict[int, Layer]:
-    # On a GPU a turn of one row is hundreds of kernels that have next to nothing to do.
-    at_once = {max(min(tokens // every, due.size), 1) for tokens in FLUSHED_AT_ONCE_ON_GPU}
-    on_gpu = functools.partial(_flush_in_turns, sorted(at_once, reverse=True))
-    in_turn = functools.partial(_flush_in_turns, [1])
-    return jax.lax.platform_dependent(layers, lengths, due, cuda=on_gpu, default=in_turn)
-
-
-def _flush_in_turns(
-    at_once: Sequence[int], layers: dict[int, Layer], lengths: Int[Array, " B"], due: Bool[Array, " B"]
-) -> dict[int, Layer]:
-    """Flushes the `due` rows, so many at once as `at_once` says first, then those that are left as it says next."""
-    batch, count = due.size, jnp.sum(due)
-    due_rows = jnp.argsort(~due)
-
-    def flush(size: int, begin: Array, i: Array, layers: dict[int, Layer]) -> dict[int, Layer]:
-        if batch == 1:  # XLA would else quantize the ring ahead of the loop, in every step, due or not
-            i, layers = jax.lax.optimization_barrier((i, layers))
-        places = begin + i * size + jnp.arange(size)
-        rows = due_rows[jnp.minimum(places, batch - 1)]
-        full = lengths[rows]
-        if size > 1:
-            rows = jnp.where(places < count, rows, batch + places)  # beyond the batch, and left out
-        flushed = {}
-        for place, layer in layers.items():
-            flushed[place] = layer.flush(rows, full)
-            if size > 1:  # one layer after the other, and temporaries of all in one place
-                flushed[place], rows = jax.lax.optimization_barrier((flushed[place], rows))
-        return flushed
-
-    done = jnp.zeros_like(count)
-    for size in at_once:
-        left = count - done
-        turns = left // size if size > at_once[-1] else (left + size - 1) // size
-        layers = jax.lax.fori_loop(0, turns, functools.partial(flush, size, done), layers)
-        done += turns * size
-    return layers
+    return dataclasses.replace(state, lengths=lengths, layers=flush_due(state.layers, lengths, active))

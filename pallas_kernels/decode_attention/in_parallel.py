@@ -15,7 +15,13 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kivi_jax.kv.layer import Layer
-from kivi_jax.pallas_kernels.decode_attention.xla import EXACT_BLOCK, OnlineSoftmax, Queries, attend_new
+from kivi_jax.pallas_kernels.decode_attention.xla import (
+    EXACT_BLOCK,
+    OnlineSoftmax,
+    Piece,
+    Queries,
+    attend_new,
+)
 from kivi_jax.pallas_kernels.heads import ALL_HEADS, Heads
 
 
@@ -77,12 +83,12 @@ def decode_attention_in_parallel(
         valid = at[:, None] >= 0
         for keys, values, live in ((stored_k, stored_v, ~exact), (ring_k, v, exact)):
             scores = queries.scores(tokens(keys, before, size), at, live & valid)
-            sums = sums.add(scores, tokens(values, before, size))
+            sums = sums.add(Piece(scores, tokens(values, before, size)))
 
         def attend_older(c: Array, sums: OnlineSoftmax) -> OnlineSoftmax:
             at = places(c * chunk, chunk)
             scores = queries.scores(tokens(stored_k, c * chunk, chunk), at, (at < before)[:, None])
-            return sums.add(scores, tokens(stored_v, c * chunk, chunk))
+            return sums.add(Piece(scores, tokens(stored_v, c * chunk, chunk)))
 
         first = (
             0 if layer.sliding_window is None else jnp.maximum(start + 1 - layer.sliding_window, 0) // chunk

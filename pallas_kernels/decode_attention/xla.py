@@ -19,6 +19,13 @@ BLOCK_BYTES = 2 * 2**20
 EXACT_BLOCK = 256
 
 
+class Piece(NamedTuple):
+    """Scores, of which -inf don't count, and what they weigh: to the dtype of the values probabilities are rounded."""
+
+    scores: Float[Array, "B H rows T"]
+    values: Float[Array, "B H T D"]
+
+
 class OnlineSoftmax(NamedTuple):
     """Softmax over scores that arrive in pieces (Milakov and Gimelshein 2018), float32, `rows` queries a KV head."""
 
@@ -26,19 +33,20 @@ class OnlineSoftmax(NamedTuple):
     denominator: Float[Array, "B H rows"]
     weighted: Float[Array, "B H rows D"]
 
-    def add(self, scores: Float[Array, "B H rows T"], values: Float[Array, "B H T D"]) -> "OnlineSoftmax":
-        """Adds T scores, of which -inf don't count, and their values, to whose dtype probabilities are rounded."""
-        maximum = jnp.maximum(self.maximum, scores.max(-1))
+    def add(self, *pieces: Piece) -> "OnlineSoftmax":
+        maximum = functools.reduce(jnp.maximum, (scores.max(-1) for scores, _ in pieces), self.maximum)
         shrink = jnp.exp(self.maximum - maximum)
-        probabilities = jnp.exp(scores - maximum[..., None])
-        denominator = self.denominator * shrink + probabilities.sum(-1)
-        weighted = jnp.einsum(
-            "bhrt,bhtd->bhrd",
-            probabilities.astype(values.dtype),
-            values,
-            preferred_element_type=jnp.float32,
-        )
-        return OnlineSoftmax(maximum, denominator, self.weighted * shrink[..., None] + weighted)
+        denominator, weighted = self.denominator * shrink, self.weighted * shrink[..., None]
+        for scores, values in pieces:
+            probabilities = jnp.exp(scores - maximum[..., None])
+            denominator += probabilities.sum(-1)
+            weighted += jnp.einsum(
+                "bhrt,bhtd->bhrd",
+                probabilities.astype(values.dtype),
+                values,
+                preferred_element_type=jnp.float32,
+            )
+        return OnlineSoftmax(maximum, denominator, weighted)
 
     def result(self) -> Float[Array, "B H rows D"]:
         return self.weighted / self.denominator[..., None]
@@ -67,6 +75,10 @@ class Queries(NamedTuple):
         vectors = vectors.reshape(batch, num_kv_heads, new * shared, head_dim).astype(jnp.float32)
         positions = jnp.repeat(lengths[:, None] + jnp.arange(new), shared, axis=1)
         return cls(vectors, positions, sliding_window, alibi_slopes)
+
+    def of(self, region: Region) -> "Queries":
+        """With their channels in the order of the region's keys."""
+        return self._replace(vectors=region.queries(self.vectors))
 
     def ungroup(self, out: Float[Array, "B H rows D"], new: int) -> Float[Array, "B T Hq D"]:
         batch, num_kv_heads, rows, head_dim = out.shape
@@ -107,32 +119,41 @@ def decode_attention(
     new = k.shape[2]
     queries = Queries.group(q, k.shape[1], lengths, layer.sliding_window, heads.alibi_slopes)
     sums = attend_new(queries, k, v)
+    regions = layer.regions(lengths, heads.of_stored)
     # Exact tokens can be read in place and all at once, unless that made a matrix of scores or a copy of some heads.
-    at_once = new == 1 and k.shape[1] == layer.num_kv_heads
-    for region in layer.regions(lengths, heads.of_stored):
-        if region.packed:
-            block_bytes = 4 * k.shape[0] * k.shape[1] * k.shape[3] * region.unit
-            block = max(BLOCK_BYTES // block_bytes, 1) * region.unit
-        else:
-            block = region.size if at_once else EXACT_BLOCK
+    if new == 1 and k.shape[1] == layer.num_kv_heads:
+        exact = [region for region in regions if not region.packed]
+        sums = sums.add(*(_piece(queries.of(region), region, 0, region.size) for region in exact))
+        regions = tuple(region for region in regions if region.packed)
+    for region in regions:
+        block_bytes = 4 * k.shape[0] * k.shape[1] * k.shape[3] * region.unit
+        block = max(BLOCK_BYTES // block_bytes, 1) * region.unit if region.packed else EXACT_BLOCK
         sums = _attend_region(sums, queries, region, min(block, region.size))
     return queries.ungroup(sums.result(), new).astype(q.dtype)
 
 
 def _attend_region(sums: OnlineSoftmax, queries: Queries, region: Region, block: int) -> OnlineSoftmax:
     """Stored tokens, of `block` places at a time."""
-    queries = queries._replace(vectors=region.queries(queries.vectors))
+    queries = queries.of(region)
 
-    def attend(sums: OnlineSoftmax, start: int | Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
-        tokens, keys, values = region.read(start, block)
-        live = fresh & (tokens >= 0)
-        return sums.add(queries.scores(keys, tokens, live[:, None]), values)
+    def attend(sums: OnlineSoftmax, start: Array, fresh: Bool[Array, " T"]) -> OnlineSoftmax:
+        return sums.add(_piece(queries, region, start, block, fresh))
 
-    if block == region.size:
-        once = functools.partial(attend, start=0, fresh=jnp.ones(block, bool))
+    if region.packed and block == region.size:
         # A loop of one turn XLA would empty: what does not depend on the turn it would compute ahead, needed or not.
-        return jax.lax.cond(region.used > 0, once, lambda sums: sums, sums) if region.packed else once(sums)
+        return jax.lax.cond(
+            region.used > 0, lambda sums: sums.add(_piece(queries, region, 0, block)), lambda sums: sums, sums
+        )
     return _over_blocks(attend, sums, region.used, region.size, block)
+
+
+def _piece(
+    queries: Queries, region: Region, start: int | Array, count: int, fresh: bool | Bool[Array, " T"] = True
+) -> Piece:
+    """The `fresh` of `count` places."""
+    tokens, keys, values = region.read(start, count)
+    live = fresh & (tokens >= 0)
+    return Piece(queries.scores(keys, tokens, live[:, None]), values)
 
 
 def attend_new(queries: Queries, k: Float[Array, "B H T D"], v: Float[Array, "B H T D"]) -> OnlineSoftmax:
@@ -164,7 +185,7 @@ def attend_new(queries: Queries, k: Float[Array, "B H T D"], v: Float[Array, "B 
             for x, axis in ((k, 2), (v, 2), (tokens, 1))
         )
         before = fresh & (at[:, None] < queries.positions[..., None])
-        return sums.add(queries.scores(keys, at, before), values)
+        return sums.add(Piece(queries.scores(keys, at, before), values))
 
     return _over_blocks(attend, sums, new, new, min(EXACT_BLOCK, new))
 

@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float
 
 from kivi_jax.pallas_kernels.alibi import Slopes
-from kivi_jax.pallas_kernels.decode_attention.xla import OnlineSoftmax, Queries
+from kivi_jax.pallas_kernels.decode_attention.xla import OnlineSoftmax, Piece, Queries
 
 # Float32 scores of one block: few enough to stay in a CPU's caches.
 SCORES_BYTES = 2**22
@@ -43,7 +43,7 @@ def causal_attention(
             keys, values = (jax.lax.dynamic_slice_in_dim(x, j * size, size, axis=2) for x in (k, v))
             tokens = jnp.broadcast_to(j * size + jnp.arange(size), (batch, size))
             seen = tokens[:, None] <= queries.positions[..., None]
-            return sums.add(queries.scores(keys, tokens, seen), values)
+            return sums.add(Piece(queries.scores(keys, tokens, seen), values))
 
         rows = queries.vectors.shape[:3]
         # A finite maximum, for blocks in which a query sees nothing.

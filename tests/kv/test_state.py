@@ -9,8 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from kivi_jax.kv import KVConfig, buffers, dequantize_keys, dequantize_values, kv_bytes
-from kivi_jax.kv import state as kv_state
+from kivi_jax.kv import KVConfig, buffers, dequantize_keys, dequantize_values, flush, kv_bytes
 from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import advance, empty_state
 from tests.further import further
@@ -19,8 +18,8 @@ from tools.oracle.numpy_kivi import fake_quantize
 HEADS = 2
 
 
-def random_kv(batch, length, head_dim):
-    generator = np.random.default_rng(0)
+def random_kv(batch, length, head_dim, seed=0):
+    generator = np.random.default_rng(seed)
     shape = (2, batch, length, HEADS, head_dim)
     return jnp.asarray(
         generator.standard_normal(shape) + 3 * generator.standard_normal(head_dim), jnp.float32
@@ -168,25 +167,51 @@ def test_flush_works_on_the_due_rows_only():
         (KVConfig(2, 2, 32, 32), None),
         (KVConfig(4, 2, 32, 64, sink_tokens=5), None),
         (KVConfig(2, 2, 32, 32), 70),
+        (KVConfig(2, 2, 32, 64, sink_tokens=5, boosted_channels=0.25, rotated_values=True), None),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("at_once", [[2], [3, 2], further([3, 1]), further([8])])
-def test_rows_flushed_together_are_flushed_as_one_by_one(config, window, head_dim, at_once):
-    """Some rows are due, whose blocks go to other slots, and there are fewer than a turn takes or more."""
+@pytest.mark.parametrize(
+    ("at_once", "flush_rows"),
+    [
+        ([2], flush._flush_each),
+        ([3, 2], flush._flush_each),
+        further([3, 1], flush._flush_each),
+        further([8], flush._flush_each),
+        ([1], flush._flush_together),
+    ],
+)
+def test_rows_and_layers_flushed_together_are_flushed_as_one_by_one(
+    config, window, head_dim, at_once, flush_rows
+):
+    """Some rows are due, whose blocks go to other slots, and there are fewer than a turn takes or more. Some layers are
+    packed alike, with and without a window, and one is not.
+    """
     residual = config.residual_length
     lengths = jnp.asarray([residual, 2 * residual, 40, 3 * residual, 3 * residual, 5])
-    k, v = random_kv(6, 4 * residual, head_dim)
-    empty = empty_state(1, 6, HEADS, 4 * residual, head_dim, config, jnp.float32, [window])
+    other = KVConfig(4, 4, 32, residual)
+    configs, windows = [config, other, config], [window, None, 3 * residual]
+    layers = {}
+    for place, (of_layer, of_window) in enumerate(zip(configs, windows, strict=True)):
+        (empty,) = empty_state(1, 6, HEADS, 4 * residual, head_dim, of_layer, jnp.float32, [of_window]).layers
+        # As many tokens as before the last one, which does not matter here.
+        layers[place + 7] = empty.store_prompt(*random_kv(6, 4 * residual, head_dim, place), lengths - 1)
     due = lengths % residual == 0
-    # As many tokens as before the last one, which does not matter here.
-    layers = {7: empty.layers[0].store_prompt(k, v, lengths - 1)}
     one_by_one, together = (
-        jax.jit(functools.partial(kv_state._flush_in_turns, rows))(layers, lengths, due)
-        for rows in ([1], at_once)
+        jax.jit(functools.partial(flush._flush_in_turns, *how))(layers, lengths, due)
+        for how in (([1], flush._flush_each), (at_once, flush_rows))
     )
-    assert not np.array_equal(one_by_one[7].k_codes, layers[7].k_codes)
-    jax.tree.map(np.testing.assert_array_equal, together, one_by_one)
+    for place, layer in layers.items():
+        assert not np.array_equal(one_by_one[place].k_codes, layer.k_codes)
+    jax.tree.map(assert_equal_up_to_rounding, together, one_by_one)
+
+
+def assert_equal_up_to_rounding(x, y):
+    """Codes are the same, and numbers but for how a product is added to another."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(("slots", "length"), [(40, 16), (16, 16), (10, 16), (33, 32), (7, 1)])
