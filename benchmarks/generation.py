@@ -121,7 +121,7 @@ def repeat_rows(cache: Any, rows: int) -> None:
     cache.batch_repeat_interleave(rows)
     for layer in cache.layers:
         for name in ("keys", "values"):
-            if packed := getattr(layer, f"_quantized_{name}", None):
+            if (packed := getattr(layer, f"_quantized_{name}", None)) is not None:
                 whole = layer._dequantize(packed).repeat_interleave(rows, 0)
                 axis = layer.axis_key if name == "keys" else layer.axis_value
                 setattr(layer, f"_quantized_{name}", layer._quantize(whole, axis=axis))

@@ -42,7 +42,13 @@ LOOP_LAYERS = (1, 3)
 LOOP_CAPACITY = 512
 NEW_TOKENS = 338  # the mean completion in KIVI's throughput experiment, whose mean prompt is 161 tokens
 LENGTHS = (161 + NEW_TOKENS, 4096, 16384, 32768)  # prompt and completion together
-KVS = {"bf16": "bf16", "kivi4": "kivi4", "kivi2": "kivi2", "kivi2, R=32": KVConfig(2, 2, residual_length=32)}
+KVS = {
+    "bf16": "bf16",
+    "kivi4": "kivi4",
+    "kivi2": "kivi2",
+    "kivi2-plus": "kivi2-plus",
+    "kivi2, R=32": KVConfig(2, 2, residual_length=32),
+}
 MAIN, SMALLEST = "llama-2-7b", "kivi2, R=32"
 OTHERS = ("llama-2-13b", "mistral-7b", "llama-3-8b", "falcon-7b")
 
