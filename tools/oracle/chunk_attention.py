@@ -56,14 +56,16 @@ def check(
     dtype=jnp.bfloat16,
     nmse=NMSE,
     width=None,
+    sharpness=1,
 ):
     """`chunk_attention(q, k, v, layer, lengths, counts, heads)` for random tokens, of `counts` in each row and at most
-    `width`; rows are compared one by one, and each row's last new token by itself.
+    `width`; rows are compared one by one, and each row's last new token by itself. The standard deviation of scores is
+    `sharpness`.
     """
     layer, state = stored(config, heads, head_dim, lengths, capacity, sliding_window, dtype)
     generator = np.random.default_rng(1)
     shape = (len(lengths), width or max(counts))
-    q = jnp.asarray(generator.standard_normal((*shape, query_heads, head_dim)), dtype)
+    q = jnp.asarray(sharpness * generator.standard_normal((*shape, query_heads, head_dim)), dtype)
     k, v = jnp.asarray(generator.standard_normal((2, *shape, heads, head_dim)), dtype)
     out = jax.jit(chunk_attention)(q, k, v, layer, state.lengths, jnp.asarray(counts), Heads(slopes))
     assert out.dtype == dtype

@@ -63,13 +63,14 @@ def check(
     dtype=jnp.bfloat16,
     nmse=NMSE,
     beyond_rounding=False,
+    sharpness=1,
 ):
     """`decode_attention(q, k, v, layer, lengths, heads)` for random queries, row by row; or only the error beyond that
-    of the exact output in `dtype`.
+    of the exact output in `dtype`. The standard deviation of scores is `sharpness`: the more, the fewer tokens matter.
     """
     layer, state = stored(config, heads, head_dim, lengths, capacity, sliding_window, dtype)
     generator = np.random.default_rng(1)
-    q = jnp.asarray(generator.standard_normal((len(lengths), query_heads, head_dim)), dtype)
+    q = jnp.asarray(sharpness * generator.standard_normal((len(lengths), query_heads, head_dim)), dtype)
     k, v = jnp.asarray(generator.standard_normal((2, len(lengths), heads, head_dim)), dtype)
     out = jax.jit(decode_attention)(q[:, None], k[:, None], v[:, None], layer, state.lengths, Heads(slopes))[
         :, 0

@@ -38,6 +38,17 @@ def test_shapes(query_heads, heads, head_dim):
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("config", "head_dim"),
+    [(KIVI2, 128), (PRESETS["kivi-k4v2"], 64), (KVConfig(2, 2, 64, 128, boosted_channels=0.25), 128)],
+    ids=str,
+)
+def test_few_tokens_that_matter(config, head_dim):
+    """Scales of scores that are off by a 256th are seen here."""
+    check(config, 4, 2, head_dim, [639, 500], [7, 20], capacity=700, sharpness=4, nmse=6e-5)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("config", "head_dim"),
     [
         (PRESETS["kivi4"], 64),
         (PRESETS["kivi4"], 128),
