@@ -43,7 +43,7 @@ def test_shapes(query_heads, heads, head_dim):
 )
 def test_few_tokens_that_matter(config, head_dim):
     """Scales of scores that are off by a 256th are seen here."""
-    check(config, 4, 2, head_dim, [639, 500], [7, 20], capacity=700, sharpness=4, nmse=6e-5)
+    check(config, 4, 2, head_dim, [639, 500], [7, 20], capacity=700, sharpness=4, nmse=1.5e-4)
 
 
 @pytest.mark.interpreted
