@@ -238,7 +238,7 @@ class QuantizedLayer(Layer):
         )
         return dataclasses.replace(layer, sink_k=sink_k, sink_v=sink_v)
 
-    @jax.jit  # traced once for layers alike
+    @jax.jit  # so that layers alike are traced once
     def flush(self, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "QuantizedLayer":
         """Quantizes the rings of `rows`, which are whole, into their packed blocks."""
         return self.put_block(pack_ring(self.config, self.take_ring(rows, lengths)), rows, lengths)
@@ -250,6 +250,7 @@ class QuantizedLayer(Layer):
         )
         return Ring(k, v, lengths - self.config.residual_length, channels, query_energy)
 
+    @jax.jit
     def put_block(self, block: Block, rows: Int[Array, " N"], lengths: Int[Array, " N"]) -> "QuantizedLayer":
         """Writes what the rings of `rows` were packed to."""
         slots = slot_of(lengths // self.config.residual_length - 1, self.blocks)
