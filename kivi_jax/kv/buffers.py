@@ -290,7 +290,7 @@ def set_tokens(
     # If head_dim leaves lanes empty, tokens are columns in a TPU's memory: passing over all of them is cheaper.
     on_tpu = _set_tokens_in_turn if buffer.shape[3] % TILE_LANES == 0 else _select_tokens
     return jax.lax.platform_dependent(
-        buffer, tokens, at, active, tpu=on_tpu, cpu=_of_rows(buffer), default=_scatter_tokens
+        buffer, tokens, at, active, tpu=on_tpu, cpu=_on_cpu(buffer), default=_scatter_tokens
     )
 
 
@@ -302,12 +302,12 @@ def set_ring_tokens(
 ) -> Float[Array, "B H R D"]:
     """`set_tokens` of a ring, which is so short that on a TPU passing over it costs less than a turn for every row."""
     return jax.lax.platform_dependent(
-        ring, tokens, slots, active, tpu=_select_tokens, cpu=_of_rows(ring), default=_scatter_tokens
+        ring, tokens, slots, active, tpu=_select_tokens, cpu=_on_cpu(ring), default=_scatter_tokens
     )
 
 
-def _of_rows(buffer: Array) -> Callable[..., Array]:
-    """How a CPU writes tokens: what becomes of a scatter, if it is one row, is several operations."""
+def _on_cpu(buffer: Array) -> Callable[..., Array]:
+    """How a CPU writes tokens: of one row XLA would make several operations of a scatter."""
     return _set_tokens_in_turn if buffer.shape[0] == 1 else _scatter_tokens
 
 

@@ -90,13 +90,13 @@ def _flush_together(layers: Layers, rows: Int[Array, " N"], lengths: Int[Array, 
     """
     count = rows.size
     flushed: Layers = {}
-    alike: dict[tuple[KVConfig, int], dict[int, QuantizedLayer]] = {}
+    alike: dict[KVConfig, dict[int, QuantizedLayer]] = {}
     for place, layer in layers.items():
         if isinstance(layer, QuantizedLayer):
-            alike.setdefault((layer.config, layer.num_kv_heads), {})[place] = layer
+            alike.setdefault(layer.config, {})[place] = layer
         else:
             flushed[place] = layer.flush(rows, lengths)
-    for (config, _), group in alike.items():
+    for config, group in alike.items():
         rings = [layer.take_ring(rows, lengths) for layer in group.values()]
         joined = jax.tree.map(lambda *of_layers: jnp.concatenate(of_layers), *rings)
         # The barriers keep joining and splitting out of the arithmetic, which XLA would do once for each layer.

@@ -59,6 +59,7 @@ class Block(NamedTuple):
 
 
 def pack_ring(config: KVConfig, ring: Ring) -> Block:
+    """Packs whole rings; a row's first one decides the order of its channels."""
     residual = config.residual_length
     k = without_sinks(config, ring.k, ring.starts[:, None] + jnp.arange(residual))
     channels = ring.channels

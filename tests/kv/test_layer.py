@@ -112,3 +112,18 @@ def test_rows_are_put_alike_one_by_one_and_at_once(config, sliding_window):
         np.testing.assert_array_equal(one, other)
         np.testing.assert_array_equal(one[1:3], before[1:3])
         np.testing.assert_array_equal(one[(3, *map(slice, new.shape[1:]))], new[0])
+
+
+@storages
+def test_what_is_no_finite_number_is_stored_as_zero(config, sliding_window):
+    """Masked places are multiplied by zero, which others would survive."""
+    layer = stored(config, sliding_window)
+    k, v = (jnp.full((4, 3, HEADS, HEAD_DIM), x) for x in (jnp.nan, jnp.inf))
+    counts = jnp.asarray([3, 0, 1, 3])
+    for changed in (
+        layer.store_prompt(k, v, jnp.asarray([3, 1, 2, 3])),
+        layer.append_token(k[:, 0], v[:, 0], LENGTHS, counts > 0),
+        layer.append_chunk(k, v, LENGTHS, counts),
+    ):
+        for array in jax.tree.leaves(changed):
+            assert np.isfinite(array).all()

@@ -17,6 +17,7 @@ from kivi_jax.kv.config import PRESETS
 from kivi_jax.kv.state import empty_state
 from kivi_jax.pallas_kernels.decode_attention import api, tpu, tpu_plan
 from tests.further import further
+from tests.pallas_kernels.few_tokens import SHARPNESS, few_tokens
 from tools.oracle import decode_attention as decode_oracle
 from tools.oracle.decode_attention import check_some_kv_heads, compare, edges, stored
 
@@ -47,14 +48,10 @@ def test_shapes(query_heads, heads, head_dim, request):
 
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("one_head_at_a_time")
-@pytest.mark.parametrize(
-    ("config", "head_dim"),
-    [(KIVI2, 128), (PRESETS["kivi-k4v2"], 64), (KVConfig(2, 2, 64, 128, boosted_channels=0.25), 128)],
-    ids=str,
-)
+@few_tokens
 def test_few_tokens_that_matter(config, head_dim):
     """Scales of scores that are off by a 256th are seen here. What was just flushed the oracle does not round."""
-    check(config, 4, 2, head_dim, [639, 1279, 1663], capacity=1700, sharpness=4, nmse=2e-6)
+    check(config, 4, 2, head_dim, [639, 1279, 1663], capacity=1700, sharpness=SHARPNESS, nmse=2e-6)
 
 
 @pytest.mark.interpreted
