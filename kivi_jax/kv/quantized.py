@@ -256,12 +256,12 @@ class QuantizedLayer(Layer):
         slots = slot_of(lengths // self.config.residual_length - 1, self.blocks)
         keys = write_block_of_rows(self.keys, block.keys, self._key_axes, rows, slots)
         values = write_block_of_rows(self.values, block.values, VALUE_TOKEN_AXES, rows, slots)
+        # At a head_dim of 64 XLA may lay out a TPU's scales as they come from quantizing, and copy them in every step for
+        # the kernel.
+        keys = jax.tree.map(in_order_of_axes, keys)
         first = jnp.zeros_like(slots)
         channels = self.channels
         if channels is not None and block.channels is not None:
-            # Channels that are boosted or not are written side by side. At a head_dim of 64 XLA would lay out a TPU's
-            # scales like that, and copy them in every step for the kernel.
-            keys = jax.tree.map(in_order_of_axes, keys)
             channels = write_rows(channels, block.channels, rows, first, axis=-1)
         window_k = write_rows(self.window_k, block.decoded_keys, rows, first, axis=-2)
         return dataclasses.replace(self._with_packed(keys, values), window_k=window_k, channels=channels)
