@@ -36,7 +36,10 @@ from tests.tiny_checkpoint import TINY, write_checkpoint  # noqa: E402
 MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 25_000  # of 65,530, and a single test may need many
 
-LONGEST = {"test_partition.py", "test_train_demo.py", "test_killed.py", "test_cluster.py", "test_gpu.py"}
+LONGEST = {
+    *("test_partition.py", "test_train_demo.py", "test_killed.py", "test_cluster.py", "test_gpu.py"),
+    *("test_tpu_kernel.py", "test_tpu_compile.py", "test_gpu_compile.py"),
+}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

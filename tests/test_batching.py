@@ -27,7 +27,6 @@ def test_prompts_of_n_samples_are_prefilled_once():
     [
         ("bf16", 64),
         (KVConfig(2, 2, 32, 32), None),
-        further("bf16", None),
         further(KVConfig(2, 2, 32, 32), 64),
     ],
     ids=str,

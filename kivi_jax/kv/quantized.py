@@ -256,8 +256,8 @@ class QuantizedLayer(Layer):
         slots = slot_of(lengths // self.config.residual_length - 1, self.blocks)
         keys = write_block_of_rows(self.keys, block.keys, self._key_axes, rows, slots)
         values = write_block_of_rows(self.values, block.values, VALUE_TOKEN_AXES, rows, slots)
-        # At a head_dim of 64 XLA may lay out a TPU's scales as they come from quantizing, and copy them in every step for
-        # the kernel.
+        # At a head_dim of 64 XLA may lay out a TPU's scales as they come from quantizing, and copy them in every step
+        # for the kernel.
         keys = jax.tree.map(in_order_of_axes, keys)
         first = jnp.zeros_like(slots)
         channels = self.channels

@@ -5,7 +5,7 @@ import pytest
 from tools.killed_job import run_killed
 
 
-@pytest.mark.parametrize(("requests", "kills"), [(20, 1), pytest.param(40, 4, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("requests", "kills"), [(20, 1), pytest.param(30, 3, marks=pytest.mark.exhaustive)])
 def test_every_request_has_one_result(tmp_path, monkeypatch, requests, kills):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # compiles in less time
     found = run_killed(tmp_path, requests, kills, seed=requests)

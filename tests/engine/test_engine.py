@@ -99,7 +99,7 @@ def run_schedule(engine: Engine, pool: list, seed: int) -> None:
     assert finished | cancelled == set(expected)
 
 
-@pytest.mark.parametrize("first", [0, *(further(first) for first in range(60, 540, 60))])
+@pytest.mark.parametrize("first", [0, *(further(first) for first in range(60, 300, 60))])
 def test_requests_get_what_they_get_alone(pool, engines, first):
     """Whenever they come, however many slots and steps there are, and whoever is cancelled beside them."""
     for seed in range(first, first + 60):

@@ -56,9 +56,7 @@ KERNELS_ELSEWHERE = (
     "falcon",
     "falcon-token",
     "head_dim-256",
-    "kivi-k4v2",
     "groups-of-64-in-64",
-    "window-sinks",
     "boosted",
     "boosted-64",
 )

@@ -58,16 +58,12 @@ def test_few_tokens_that_matter(config, head_dim):
     ("config", "head_dim"),
     [
         (PRESETS["kivi4"], 64),
-        (PRESETS["kivi4"], 128),
         (PRESETS["kivi4"], 256),
         (PRESETS["kivi-k4v2"], 64),
         (PRESETS["kivi-k2v4"], 128),
         (KVConfig(2, 2, group_size=64, residual_length=64), 64),
-        (KVConfig(4, 2, group_size=64, residual_length=128), 128),
         (KVConfig(2, 4, group_size=128, residual_length=128), 128),
-        (KVConfig(2, 2, group_size=128, residual_length=128), 256),
         (KVConfig(2, 2, group_size=32, residual_length=32), 128),
-        (KVConfig(2, 2, group_size=32, residual_length=96), 128),
         (KVConfig(2, 2, group_size=32, residual_length=160), 128),
         (KVConfig(2, 2, group_size=32, residual_length=256), 64),
     ],
@@ -84,8 +80,6 @@ def test_configs(config, head_dim):
         (64, 0.25, 128),
         (32, 0.25, 64),
         further(128, 0.5, 128),
-        further(64, 0.5, 64),
-        further(64, 0.25, 256),
         further(32, 0.5, 256),
     ],
 )
@@ -113,7 +107,7 @@ def test_many_blocks(query_heads, head_dim):
 
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("window", "sinks"), [(20, 0), (129, 5), (300, 0), (5000, 5)])
+@pytest.mark.parametrize(("window", "sinks"), [(20, 0), (129, 5), (5000, 5)])
 def test_sliding_windows_and_sinks(window, sinks):
     """Blocks of windowed layers are a ring, which a row of 1400 tokens has been around."""
     config = KVConfig(2, 2, group_size=32, residual_length=32, sink_tokens=sinks)
@@ -149,7 +143,7 @@ def test_sinks():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(8, 2, 128), (20, 1, 64), (130, 1, 128)])
+@pytest.mark.parametrize(("query_heads", "heads", "head_dim"), [(20, 1, 64), (130, 1, 128)])
 def test_position_biases(query_heads, heads, head_dim):
     slopes = tuple(2.0 ** (-8 * (i + 1) / query_heads) for i in range(query_heads))
     check(KIVI2, query_heads, heads, head_dim, [0, 127, 800], [5, 7, 9], capacity=900, slopes=slopes)

@@ -132,7 +132,6 @@ KERNELS_ELSEWHERE = (
     "head_dim-256",
     "kivi-k4v2",
     "groups-of-64-in-64",
-    "window-sinks",
     "boosted",
     "boosted-64",
 )

@@ -66,11 +66,9 @@ def test_many_queries_of_a_kv_head():
     ("config", "head_dim"),
     [
         (PRESETS["kivi4"], 64),
-        (PRESETS["kivi4"], 128),
         (PRESETS["kivi-k4v2"], 64),
         (PRESETS["kivi-k2v4"], 128),
         (KVConfig(2, 2, group_size=64, residual_length=64), 64),
-        (KVConfig(4, 2, group_size=64, residual_length=128), 128),
         (KVConfig(2, 2, group_size=128, residual_length=128), 128),
         (KVConfig(2, 2, group_size=32, residual_length=96), 128),
         (KVConfig(2, 2, group_size=32, residual_length=256), 64),
@@ -124,10 +122,8 @@ def test_chips_without_integers(monkeypatch, config, query_heads, head_dim):
         (7, 32, 0.25, 4, 2, 64),
         further(6, 32, 0.25, 8, 1, 128),
         further(5, 128, 0.5, 2, 1, 128),
-        further(6, 64, 0.5, 3, 1, 64),
         further(5, 32, 0.5, 2, 1, 256),
         further(7, 64, 0.25, 2, 1, 256),
-        further(7, 128, 0.25, 3, 1, 256),
     ],
 )
 def test_boosted_channels(monkeypatch, generation, group_size, share, query_heads, heads, head_dim):
