@@ -461,11 +461,11 @@ def _exact_region(
     tokens_of: Callable[[Int[Array, " S"]], Int[Array, "B S"]],
     of_heads: Callable[[Array], Array],
 ) -> Region:
-    """Keys and values that `tokens_of` places hold, read in float32 as decoded ones are."""
+    """Keys and values that `tokens_of` places hold."""
 
     def read(start: int | Array, count: int) -> tuple[Array, Array, Array]:
         keys, values = (of_heads(jax.lax.dynamic_slice_in_dim(x, start, count, axis=2)) for x in stored)
-        return tokens_of(start + jnp.arange(count)), keys.astype(jnp.float32), values.astype(jnp.float32)
+        return tokens_of(start + jnp.arange(count)), keys, values.astype(jnp.float32)
 
     size = stored[0].shape[2]
     return Region(size, size, read)
