@@ -461,7 +461,7 @@ def _exact_region(
     tokens_of: Callable[[Int[Array, " S"]], Int[Array, "B S"]],
     of_heads: Callable[[Array], Array],
 ) -> Region:
-    """Keys and values that `tokens_of` places hold."""
+    """Keys and values that `tokens_of` places hold. Values are float32, to which no probabilities are rounded."""
 
     def read(start: int | Array, count: int) -> tuple[Array, Array, Array]:
         keys, values = (of_heads(jax.lax.dynamic_slice_in_dim(x, start, count, axis=2)) for x in stored)
