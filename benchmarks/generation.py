@@ -6,8 +6,8 @@
 For each dtype, tables of seconds of a prefill of one prompt, and of milliseconds of a step of rows that go on from it:
 medians of rounds in which all take turns, so that what else the machine does hits each alike; and of seconds of
 compilation, of both programs together, with nothing kept from before. `--transformers` needs PyTorch, optimum-quanto
-for the quantized cache, and accelerate for a GGUF file. Prompts of 60 and 2,000 tokens
-take a quarter of an hour on two cores, those of 8,000 much longer.
+for the quantized cache, and accelerate for a GGUF file. Prompts of 60 and 2,000 tokens take a quarter of an hour on two
+cores, those of 8,000 much longer.
 """
 
 import functools
